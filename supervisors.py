@@ -9,15 +9,15 @@ Copy this file anywhere; it needs Python 3.11 and nothing else.
 
 The file reads from top to bottom; code uses only what stands above it.
 
-    1   Init mode        one command under an init; first, since it imports next to nothing
+    1   Init mode        one command under an init; first, as it imports next to nothing
     2   Configuration    the keys, their checks, `load_config`
     3   State machine    `step`: what follows what, as values
     4   Log text         lines and their formats
     5   Log files        rotation, the terminal, the log thread
     6   Processes        spawn, signal, leftovers
     7   Health           checks and the notify socket
-    8   Supervisor       the loop that owns everything
-    9   HTTP             routes, the page
+    8   HTTP             routes, the page
+    9   Supervisor       the loop that owns everything
     10  Client           the verbs, the library's client, the command line
 
 Three rules hold it together:
@@ -25,7 +25,7 @@ Three rules hold it together:
 1.  The core (configuration, state machine, log text) does no I/O and reads no clock:
     `now` is passed in.
 2.  The main thread owns every program's state; the log thread owns pipes and log files;
-    HTTP threads read published, immutable statuses, and ask the main thread for the rest.
+    HTTP threads read published, immutable statuses, and ask the main thread for more.
 3.  Every state that waits owns a deadline or names the event that it waits for.
 """
 
@@ -35,27 +35,17 @@ import os
 import sys
 
 if sys.version_info < (3, 11):
-    sys.stderr.write(
-        "supervisors needs Python 3.11 or newer, this is %d.%d\n" % sys.version_info[:2]
-    )
+    _found = sys.version.split()[0]
+    sys.stderr.write(f"supervisors needs Python 3.11 or newer, this is {_found}\n")
     sys.exit(2)
 
 import signal
 import time
 
 __version__ = "1.0"
-__all__ = [
-    "Client",
-    "Config",
-    "ConfigError",
-    "Program",
-    "State",
-    "Status",
-    "Supervisor",
-    "SupervisorError",
-    "load_config",
-    "running",
-]
+__all__ = ["Client", "Config", "ConfigError", "Program", "State", "Status"]
+__all__ += ["Supervisor", "SupervisorError", "load_config", "running"]
+
 
 # === 1. Init mode =====================================================================
 #
@@ -71,6 +61,7 @@ __all__ = [
 
 GRACE = 3.0  # seconds that what a command leaves behind has between TERM and KILL
 TICK = 0.05  # seconds between two looks at what is left, while something is
+SIGNALS = signal.valid_signals()
 STOPS = {signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
 COERCED = {"C.UTF-8", "C.utf8", "UTF-8"}  # values that PEP 538 gives LC_CTYPE
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
@@ -78,11 +69,10 @@ PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 def signal_number(name: str) -> int:
     """Return the number of a signal's name or number; ValueError if there is none."""
-    if name.isdecimal() and int(name) in signal.valid_signals():
+    if name.isdecimal() and int(name) in SIGNALS:
         return int(name)
-    name = name.upper()
     try:
-        return signal.Signals["SIG" + name.removeprefix("SIG")]
+        return signal.Signals["SIG" + name.upper().removeprefix("SIG")]
     except KeyError:
         raise ValueError(f"no such signal: {name!r}") from None
 
@@ -99,11 +89,8 @@ def original_environ() -> dict[str, str]:
         with open("/proc/self/environ", "rb") as file:
             ours = b"\0LC_CTYPE=" not in b"\0" + file.read()
     except OSError:
-        ours = not environ.get("LC_ALL") and environ.get("LANG", "C") in (
-            "",
-            "C",
-            "POSIX",
-        )
+        plain = environ.get("LANG", "") in ("", "C", "POSIX")
+        ours = plain and not environ.get("LC_ALL")
     if ours:
         del environ["LC_CTYPE"]
     return environ
@@ -127,32 +114,33 @@ def become_subreaper() -> bool:
 def process_table() -> dict[int, list[bytes]]:
     """Return the fields of /proc/PID/stat behind the name, by pid (proc(5)).
 
-    [0] is the state, [1] the parent, [2] the group, [3] the session, [19] the start time
-    in ticks since boot. Empty where there is no /proc.
+    [0] is the state, [1] the parent, [2] the group, [3] the session, [19] the start in
+    ticks since boot. Empty where there is no /proc.
     """
-    table: dict[int, list[bytes]] = {}
-    try:
-        names = os.listdir("/proc")
-    except OSError:
-        return table
+    table = {}
+    names = os.listdir("/proc") if os.path.isdir("/proc") else []
     for name in filter(str.isdecimal, names):
         try:
             with open(f"/proc/{name}/stat", "rb") as file:
-                stat = file.read()
+                table[int(name)] = file.read().rpartition(b")")[2].split()
         except OSError:
             continue  # it ended meanwhile
-        table[int(name)] = stat[stat.rindex(b")") + 2 :].split()
     return table
 
 
-def descendants(of: int, spare: Collection[int] = ()) -> list[int]:
-    """Return the pids of the children of `of` and of all theirs, `spare` and its left out."""
+def descendants(of: int, spare: Set[int] = frozenset()) -> list[int]:
+    """Return the pids of the children of `of` and of all theirs.
+
+    Without those in `spare`, those whose group or session that is, and theirs.
+    """
     children: dict[int, list[int]] = {}
     for pid, fields in process_table().items():
-        children.setdefault(int(fields[1]), []).append(pid)
-    found = [pid for pid in children.get(of, ()) if pid not in spare]
+        # A program's group, and session, lives on while its leader is reaped.
+        if not {pid, int(fields[2]), int(fields[3])} & spare:
+            children.setdefault(int(fields[1]), []).append(pid)
+    found = list(children.get(of, ()))
     for pid in found:  # grows while it is read: a walk, breadth first
-        found += [child for child in children.get(pid, ()) if child not in spare]
+        found += children.get(pid, ())
     return found
 
 
@@ -167,53 +155,67 @@ def send(pid: int, number: int) -> bool:
     return True
 
 
+def say(text: str) -> None:
+    print(f"supervisors: {text}", file=sys.stderr)
+
+
+def attempt(call: Callable[..., object], *arguments: object) -> None:
+    """Call something whose failure, as a lost terminal's, leaves nothing to be done."""
+    try:
+        call(*arguments)
+    except OSError:
+        return
+
+
+def terminal_group() -> int:
+    """Return the foreground group of the terminal on standard input; -1 without one."""
+    try:
+        return os.tcgetpgrp(0)
+    except OSError:
+        return -1
+
+
 class Init:
     """One command under an init. `run` returns the exit status; main thread, once."""
 
-    def __init__(
-        self, command: list[str], single: bool, rewrites: dict[int, int], grace: float
-    ) -> None:
-        self.command = command
-        self.single = single
-        self.rewrites = rewrites
-        self.grace = grace
-        self.pid = 0
+    def __init__(self) -> None:
+        self.command: list[str] = []
+        self.rewrites: dict[int, int] = {}
+        self.single, self.grace = False, GRACE
+        self.pid, self.terms, self.foreground = 0, 0, False
         self.code: int | None = None
-        self.terms = 0
-        self.foreground = False
 
     def run(self) -> int:
-        signals = signal.valid_signals()
         inherited = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         if not become_subreaper() and sys.platform == "linux":
-            os.write(
-                2, b"supervisors: cannot become a subreaper: orphans go to PID 1\n"
-            )
-        self.foreground = in_foreground()
-        here = open_here()
+            say("cannot become a subreaper: orphans go to PID 1")
+        self.foreground = terminal_group() == os.getpgrp()
+        try:
+            here = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
+            os.chdir("/")  # no mount is kept busy
+        except OSError:
+            here = -1  # unreadable or removed: the command stays here with us
         self.pid = os.fork()
         if self.pid == 0:
             self.become_command(here, inherited)
-        try:
-            os.setpgid(self.pid, self.pid)  # here as well: whoever of the two is first
-        except OSError:
-            pass  # it did so itself, and has called exec since
+        # Here as well: whoever of the two is first. It may have called exec since.
+        attempt(os.setpgid, self.pid, self.pid)
         while self.code is None:
-            self.pass_on(signal.sigwait(signals))
-        self.sweep(signals)
-        if self.foreground and not in_foreground():
-            take_terminal(os.getpgrp())
+            self.pass_on(signal.sigwait(SIGNALS))
+        self.sweep()
+        if self.foreground:
+            attempt(os.tcsetpgrp, 0, os.getpgrp())
         return self.code
 
-    def become_command(self, here: int | None, inherited: object) -> None:
+    def become_command(self, here: int, inherited: object) -> None:
         """Turn this forked process into the command. Never returns."""
-        code = 126
+        code, name = 126, self.command[0]
         try:
             os.setpgid(0, 0)
             if self.foreground:
-                take_terminal(os.getpid())
-            if here is not None:
+                attempt(os.tcsetpgrp, 0, os.getpid())
+            if here >= 0:
                 os.fchdir(here)
             # The interpreter ignores two signals for itself, and handles SIGINT.
             for number in (signal.SIGPIPE, signal.SIGXFSZ):
@@ -224,48 +226,52 @@ class Init:
                 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
             environ = original_environ()
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
-            os.execvpe(self.command[0], self.command, environ)
+            os.execvpe(name, self.command, environ)
         except OSError as error:
+            # With `tostop`, a background group is stopped by what it writes.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
             code = 127 if isinstance(error, FileNotFoundError) else 126
             reason = "no such command" if code == 127 else error.strerror
-            os.write(
-                2, f"supervisors: cannot run {self.command[0]!r}: {reason}\n".encode()
-            )
+            say(f"cannot run {name!r}: {reason}")
         finally:
             os._exit(code)
 
     def pass_on(self, number: int) -> None:
         """Do what a signal asks for."""
-        if number == signal.SIGCHLD:
-            self.reap()
-            return
         self.terms += number == signal.SIGTERM
         target = self.rewrites.get(number, number)
-        if target == 0:
-            return
-        if target in STOPS and not self.single:
-            # The kernel ignores these for an orphaned group; SIGSTOP it does not.
-            target = signal.SIGSTOP
-        if target == signal.SIGCONT:
+        if number == signal.SIGCHLD:
+            self.reap()
+        elif target == signal.SIGCONT:
             self.resume()
-            return
-        self.forward(target)
-        if number in STOPS:
-            self.suspend()
+        elif target:
+            # The kernel ignores these for an orphaned group; SIGSTOP it does not.
+            stop = target in STOPS and not self.single
+            self.forward(signal.SIGSTOP if stop else target)
+            if number in STOPS:
+                os.kill(os.getpid(), signal.SIGSTOP)
+                self.resume()
 
     def forward(self, number: int) -> None:
         send(self.pid if self.single else -self.pid, number)
 
     def suspend(self) -> None:
-        """Stop as the command has stopped, and go on together with it."""
-        if can_be_continued():
+        """Stop as the command has stopped, and go on together with it.
+
+        Not where no shell of our session could continue us, as the kernel ignores
+        Ctrl-Z for an orphaned group.
+        """
+        parent = os.getppid()
+        if os.getpid() != 1 and parent and os.getsid(parent) == os.getsid(0):
             os.kill(os.getpid(), signal.SIGSTOP)
         self.resume()
 
     def resume(self) -> None:
         """Hand the terminal over again, if it is ours to give, and pass CONT on."""
-        if self.foreground and in_foreground():
-            take_terminal(self.pid)
+        group = terminal_group()
+        if group == os.getpgrp():
+            attempt(os.tcsetpgrp, 0, self.pid)
+        self.foreground = group in (os.getpgrp(), self.pid)  # else we are a job of `bg`
         self.forward(signal.SIGCONT)
 
     def reap(self) -> bool:
@@ -283,7 +289,7 @@ class Init:
                 code = os.waitstatus_to_exitcode(status)
                 self.code = code if code >= 0 else 128 - code
 
-    def sweep(self, signals: set[signal.Signals]) -> None:
+    def sweep(self) -> None:
         """End what the command left: TERM, `grace` seconds, KILL.
 
         Orphans are children by then; without a subreaper only the group is known, and
@@ -296,7 +302,7 @@ class Init:
         deadline = time.monotonic() + self.grace
         signal.setitimer(signal.ITIMER_REAL, TICK, TICK)
         while self.is_left() and time.monotonic() < deadline and self.terms < 2:
-            number = signal.sigwait(signals)
+            number = signal.sigwait(SIGNALS)
             self.terms += number == signal.SIGTERM
             if number not in (signal.SIGCHLD, signal.SIGALRM):
                 self.signal_rest(number)
@@ -309,44 +315,10 @@ class Init:
         return self.reap() or send(-self.pid, 0)
 
     def signal_rest(self, number: int) -> None:
-        if os.getpid() == 1:
-            send(-1, number)  # everything that it may, itself excepted
-            return
-        send(-self.pid, number)
-        for pid in descendants(os.getpid()):
+        everything = [-1]  # all that PID 1 may signal, itself excepted
+        rest = [-self.pid, *descendants(os.getpid())]
+        for pid in everything if os.getpid() == 1 else rest:
             send(pid, number)
-
-
-def in_foreground() -> bool:
-    """Return whether standard input is a terminal whose foreground group is ours."""
-    try:
-        return os.tcgetpgrp(0) == os.getpgrp()
-    except OSError:
-        return False
-
-
-def take_terminal(group: int) -> None:
-    """Make `group` the terminal's foreground group; SIGTTOU must be blocked."""
-    try:
-        os.tcsetpgrp(0, group)
-    except OSError:
-        pass  # the terminal is gone, or the group is: nothing that could be done
-
-
-def can_be_continued() -> bool:
-    """Return whether a shell of our session could continue us, were we to stop."""
-    parent = os.getppid()
-    return os.getpid() != 1 and parent != 0 and os.getsid(parent) == os.getsid(0)
-
-
-def open_here() -> int | None:
-    """Go to `/`, so that no mount is kept busy; return the way back for the command."""
-    try:
-        here = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return None  # unreadable or removed: the command stays here with us
-    os.chdir("/")
-    return here
 
 
 def parse_init(arguments: list[str]) -> Init | None:
@@ -354,26 +326,28 @@ def parse_init(arguments: list[str]) -> Init | None:
 
     Raises ValueError with what is wrong. By hand: argparse alone takes 8 ms to import.
     """
-    rewrites: dict[int, int] = {}
-    rest, single, grace = list(arguments), False, GRACE
+    init, rest = Init(), list(arguments)
     while "--" in rest:
         word = rest.pop(0)
+        option, equals, value = word.partition("=")
         if word == "--":
             if not rest:
                 raise ValueError("no command behind --")
-            return Init(rest, single, rewrites, grace)
+            init.command = rest
+            return init
         if word in ("-c", "--single-child"):
-            single = True
+            init.single = True
             continue
-        option, equals, value = word.partition("=")
         if word.startswith("-r") and word != "-r":
             option, value = "-r", word[2:]
         elif not equals:
             value = rest.pop(0)
         if option in ("-r", "--rewrite"):
-            rewrites.update([parse_rewrite(value)])
+            init.rewrites.update([parse_rewrite(value)])
         elif option == "--grace":
-            grace = parse_grace(value)
+            if not value.replace(".", "", 1).isdecimal():
+                raise ValueError(f"--grace: expected seconds >= 0, got {value!r}")
+            init.grace = float(value)
         else:
             return None
     return None
@@ -390,25 +364,17 @@ def parse_rewrite(text: str) -> tuple[int, int]:
     return source, 0 if new == "0" else signal_number(new)
 
 
-def parse_grace(text: str) -> float:
-    """Return seconds from 0 to a year."""
-    try:
-        grace = float(text)
-    except ValueError:
-        grace = -1.0
-    if not 0 <= grace <= 31_536_000:
-        raise ValueError(f"--grace: expected seconds >= 0, got {text!r}")
-    return grace
-
-
 if __name__ == "__main__":
     try:
         _init = parse_init(sys.argv[1:])
     except ValueError as _error:
-        sys.stderr.write(f"supervisors: {_error}\n")
+        say(str(_error))
         sys.exit(2)
-    if _init is not None:
+    if _init:
         sys.exit(_init.run())
+    # A signal to PID 1 is lost until there is a handler, unless it is blocked: then it
+    # waits. `Supervisor` unblocks these, and `main` for the verbs.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
 
 import contextlib
 import enum
@@ -426,34 +392,34 @@ import stat
 import subprocess
 import threading
 import tomllib
+import typing
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    Generic,
-    NamedTuple,
-    NoReturn,
-    TypeVar,
-    assert_never,
-    get_type_hints,
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Set,
 )
+from typing import TYPE_CHECKING, Annotated, Any, Generic, NamedTuple, assert_never
 
 if TYPE_CHECKING:
     import http.server
 
-T = TypeVar("T")
+T = typing.TypeVar("T")
+
 
 # === 2. Configuration =================================================================
 #
 # A key is declared once, as the field of a tuple: its name, its type, its default, and
-# in `Annotated` the check that converts a TOML value or refuses it. A table is read by
-# `read_table`, which collects what is wrong instead of raising at the first mistake.
-# Values are immutable and compare by value: a reload compares programs with `!=`.
+# in the type's `Annotated` the check that converts a TOML value or refuses it. A table
+# is read by `read_table`, which collects what is wrong instead of raising at the first
+# mistake. Values are immutable and compare by value: a reload compares with `!=`.
 
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
 VARIABLE = re.compile(r"\$\$\{|\$\{(?:([A-Za-z_]\w*)(?::-([^}]*))?\})?")
+ESCAPE = "write $${ for a literal ${"
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", re.IGNORECASE)
 MOST_INSTANCES = 10_000
 NOWHERE = "/dev/null"
@@ -463,190 +429,181 @@ TERMINALS = {"/dev/stdout": 1, "/dev/stderr": 2}  # by descriptor, never opened 
 class SupervisorError(Exception):
     """What the user asked for cannot be done; the message says why."""
 
+    code = 1  # exit status of a verb
+    errors: Sequence[str] = ()
+
 
 class ConfigError(SupervisorError):
     """A configuration is not valid; `errors` lists everything that is wrong with it."""
 
+    code = 2
+
     def __init__(self, errors: Iterable[str]) -> None:
-        self.errors = list(dict.fromkeys(errors))
+        self.errors: list[str] = list(dict.fromkeys(errors))
         super().__init__("; ".join(self.errors))
 
 
+def freeze(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 class Check(NamedTuple):
-    """What a key accepts: the words for it, and a function that raises ValueError."""
+    """What a key accepts, in words and as a function, and how it is converted then.
+
+    The conversion may raise ValueError as well, or ConfigError with lines of its own.
+    """
 
     expects: str
-    convert: Callable[[Any], object]
+    accepts: Callable[[Any], object]
+    convert: Callable[[Any], object] = freeze
 
 
-def need(condition: object) -> None:
-    if not condition:
-        raise ValueError
+def shown(value: object) -> str:
+    """Return a value as the file has it, cut to a line."""
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
-def to_text(value: object) -> str:
-    if not isinstance(value, str) or "\0" in value:
-        raise ValueError
-    return value
+def whole(least: int, most: float = float("inf")) -> Callable[[Any], bool]:
+    """Return a test for an integer of a range; a boolean is none."""
+    return lambda one: type(one) is int and least <= one <= most
 
 
-def to_path(value: object) -> str:
-    need(value != "")
-    return to_text(value)
+def list_of(accepts: Callable[[Any], object]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(accepts, value))
 
 
-def to_words(value: object) -> tuple[str, ...]:
-    need(isinstance(value, list))
-    return tuple(to_text(word) for word in value)  # type: ignore[attr-defined]
+def any_of(*tests: Callable[[Any], object]) -> Callable[[Any], bool]:
+    return lambda value: any(accepts(value) for accepts in tests)
 
 
-def to_some(value: object) -> tuple[str, ...]:
-    """Return the strings of a list, or a single one as a tuple."""
-    return (to_text(value),) if isinstance(value, str) else to_words(value)
+def one_of(*values: object) -> Check:
+    *first, last = [shown(value).replace("'", '"') for value in values]
+    kinds = [(type(value), value) for value in values]
+    words = f"{', '.join(first)} or {last}"
+    return Check(words, lambda value: (type(value), value) in kinds)
 
 
-def to_command(value: object) -> str | tuple[str, ...]:
-    need(value)
-    return to_text(value) if isinstance(value, str) else to_words(value)
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and "\0" not in value
 
 
-def to_variables(value: object) -> dict[str, str]:
-    need(isinstance(value, dict))
-    table: dict[str, str] = value  # type: ignore[assignment]
-    need(all(name and "=" not in name and "\0" not in name for name in table))
-    return {name: to_text(text) for name, text in table.items()}
+def is_table(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
-def integers(least: int, most: float = float("inf")) -> Callable[[object], int]:
-    """Return a check for an integer of a range; a boolean is none."""
-
-    def convert(value: object) -> int:
-        if type(value) is not int or not least <= value <= most:
-            raise ValueError
-        return value
-
-    return convert
+def is_environment(value: Any) -> bool:
+    names_fit = is_table(value) and all(re.fullmatch(r"[^=\0]+", key) for key in value)
+    return names_fit and all(map(is_text, value.values()))
 
 
-def to_seconds(value: object) -> float:
-    need(type(value) in (int, float))
-    seconds = float(value)  # type: ignore[arg-type]
-    need(0 <= seconds <= 1e9)  # neither infinite nor NaN
-    return seconds
+def is_seconds(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1e9  # neither infinite nor NaN
 
 
-def to_more_than_no_seconds(value: object) -> float:
-    need(value != 0)
-    return to_seconds(value)
+def is_size(value: Any) -> bool:
+    return type(value) in (int, str) and bool(SIZE.fullmatch(str(value).strip()))
 
 
-def to_size(value: object) -> int:
-    if isinstance(value, str):
-        match = SIZE.fullmatch(value.strip())
-        need(match)
-        assert match
-        return int(float(match[1]) * 1024 ** " KMG".index(match[2].upper() or " "))
-    return integers(0)(value)
+def to_some(value: str | Iterable[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
-def to_signal(value: object) -> str:
-    number = signal_number(to_text(value))
-    return signal.Signals(number).name.removeprefix("SIG")
+def to_size(value: int | str) -> int:
+    match = SIZE.fullmatch(str(value).strip())
+    if isinstance(value, int) or not match:
+        return int(value)
+    return int(float(match[1]) * 1024 ** " KMG".index(match[2].upper() or " "))
 
 
-def to_umask(value: object) -> int:
-    mask = int(to_text(value), 8)
-    need(0 <= mask <= 0o777)
-    return mask
+def to_signal(value: str) -> str:
+    return signal.Signals(signal_number(value)).name.removeprefix("SIG")
 
 
-def to_account(value: object) -> str | int:
-    if type(value) is int:
-        return integers(0, 2**32 - 2)(value)
-    return to_path(value)
-
-
-def to_rlimits(value: object) -> dict[str, int]:
+def to_rlimits(table: dict[str, Any]) -> dict[str, int]:
     """Return limits by the kernel's name for them; -1 is none (setrlimit(2))."""
     import resource
 
-    need(isinstance(value, dict))
     limits, errors = {}, []
-    for name, limit in value.items():  # type: ignore[attr-defined]
+    for name, limit in table.items():
         if not hasattr(resource, f"RLIMIT_{name.upper()}"):
             errors.append(f"{name}: no such limit")
-            continue
-        try:
+        elif limit == "unlimited" or is_size(limit):
             limits[name] = -1 if limit == "unlimited" else to_size(limit)
-        except ValueError:
+        else:
             errors.append(f'{name}: expected a size or "unlimited", got {shown(limit)}')
     if errors:
         raise ConfigError(errors)
     return limits
 
 
-def one_of(*values: object) -> Callable[[object], object]:
-    def convert(value: object) -> object:
-        need(any(value == one and type(value) is type(one) for one in values))
-        return value
+def to_health(table: dict[str, object]) -> Health:
+    errors: list[str] = []
+    health = Health(**read_table(Health, table, str, errors))
+    if not errors and sum(map(bool, (health.http, health.tcp, health.command))) != 1:
+        errors.append("expected one of http, tcp and command")
+    errors += unusable(health) if health.command else ()
+    if errors:
+        raise ConfigError(errors)
+    return health
 
-    return convert
 
-
-TEXT = Check("a string", to_text)
-PATH = Check("a path", to_path)
-WORDS = Check("a list of strings", to_words)
-PATHS = Check("a path or a list of paths", to_some)
-COMMAND = Check("a command: a string or a list of strings", to_command)
-VARIABLES = Check("a table of strings", to_variables)
-BOOLEAN = Check("true or false", one_of(True, False))
-COUNT = Check("a whole number >= 0", integers(0))
-POSITIVE = Check("a whole number >= 1", integers(1))
-SECONDS = Check("seconds >= 0", to_seconds)
-INTERVAL = Check("seconds > 0", to_more_than_no_seconds)
-BYTES = Check('bytes, or a string such as "10MB"', to_size)
-ACCOUNT = Check("a name or a number", to_account)
-ENDING = Check('"ignore" or "shutdown"', one_of("ignore", "shutdown"))
-LOG_FORMAT = Check(
-    '"raw", "prefix", "timestamp" or "json"',
-    one_of("raw", "prefix", "timestamp", "json"),
+LIST = tuple[str, ...]
+COMMAND = "a command: a string or a list of strings"
+INHERITED = "true, false or a list of names"
+INSTANCES = f"a whole number from 1 to {MOST_INSTANCES}"
+FLAG = one_of(True, False)
+VARIABLES = Check("a table of strings", is_environment)
+LIMITS = Check("a table of limits", is_table, to_rlimits)
+is_instances, is_octal = (
+    whole(1, MOST_INSTANCES),
+    re.compile("(0o?)?[0-7]{1,3}").fullmatch,
 )
+is_words, is_codes = list_of(is_text), list_of(whole(0, 255))
+is_path, is_some = re.compile(r"[^\0]+").fullmatch, any_of(is_text, is_words)
+is_user = any_of(whole(0, 2**32 - 2), lambda one: is_text(one) and one)
+
+String = Annotated[str, Check("a string", is_text)]
+Path = Annotated[str, Check("a path", is_path)]
+Url = Annotated[str, Check("a URL", re.compile(r"https?://[^/\0][^\0]*").fullmatch)]
+HostPort = Annotated[str, Check("HOST:PORT", re.compile(r"[^\0]+:\d+").fullmatch)]
+Words = Annotated[LIST, Check("a list of strings", is_words)]
+Paths = Annotated[LIST, Check("a path or a list of paths", is_some, to_some)]
+Addresses = Annotated[LIST, Check("an address or a list of them", is_some, to_some)]
+Command = Annotated[str | LIST, Check(COMMAND, lambda one: one and is_some(one))]
+Inherited = Annotated[bool | LIST, Check(INHERITED, any_of(FLAG.accepts, is_words))]
+Flag = Annotated[bool, FLAG]
+Count = Annotated[int, Check("a whole number >= 0", whole(0))]
+Positive = Annotated[int, Check("a whole number >= 1", whole(1))]
+Instances = Annotated[int, Check(INSTANCES, is_instances)]
+Nice = Annotated[int, Check("a whole number from -20 to 19", whole(-20, 19))]
+Codes = Annotated[tuple[int, ...], Check("a list of codes from 0 to 255", is_codes)]
+Seconds = Annotated[float, Check("seconds >= 0", is_seconds, float)]
+Interval = Annotated[float, Check("seconds > 0", lambda s: s and is_seconds(s), float)]
+Size = Annotated[int, Check('bytes, or a string such as "10MB"', is_size, to_size)]
+UserName = Annotated[str | int, Check("a name or a number", is_user)]
+Octal = Annotated[
+    int, Check('an octal string such as "022"', is_octal, lambda one: int(one, 8))
+]
+SignalName = Annotated[str, Check("the name of a signal", is_text, to_signal)]
+Ending = Annotated[str, one_of("ignore", "shutdown")]
+LogFormat = Annotated[str, one_of("raw", "prefix", "timestamp", "json")]
 
 
 class Health(NamedTuple):
     """The table `healthcheck` of a program: one of three probes, and its times."""
 
-    http: Annotated[str, TEXT] = ""
-    tcp: Annotated[str, TEXT] = ""
-    command: Annotated[str | tuple[str, ...], COMMAND] = ()
-    interval: Annotated[float, INTERVAL] = 10.0
-    timeout: Annotated[float, INTERVAL] = 3.0
-    retries: Annotated[int, POSITIVE] = 3
-    start_period: Annotated[float, SECONDS] = 30.0
+    http: Url = ""
+    tcp: HostPort = ""
+    command: Command = ()
+    interval: Interval = 10.0
+    timeout: Interval = 3.0
+    retries: Positive = 3
+    start_period: Seconds = 30.0
 
     @property
     def argv(self) -> tuple[str, ...]:
         return split(self.command)
-
-
-def to_health(value: object) -> Health:
-    need(isinstance(value, dict))
-    table: dict[str, object] = value  # type: ignore[assignment]
-    errors: list[str] = []
-    health = Health(**read_table(Health, table, str, errors))
-    if not errors and sum(map(bool, (health.http, health.tcp, health.command))) != 1:
-        errors.append("expected one of http, tcp and command")
-    if health.http and not re.match(r"https?://[^/]", health.http):
-        errors.append(f"http: expected a URL, got {health.http!r}")
-    if health.tcp and not re.fullmatch(r".+:\d+", health.tcp):
-        errors.append(f"tcp: expected HOST:PORT, got {health.tcp!r}")
-    try:
-        split(health.command)
-    except ValueError as error:
-        errors.append(f"command: {str(error).lower()}")
-    if errors:
-        raise ConfigError(errors)
-    return health
 
 
 class Program(NamedTuple):
@@ -655,74 +612,47 @@ class Program(NamedTuple):
     name: str
     group: str
     number: int = 0
-    command: Annotated[str | tuple[str, ...], COMMAND] = ()
-    args: Annotated[tuple[str, ...] | None, WORDS] = None
-    numprocs: Annotated[
-        int,
-        Check(
-            f"a whole number from 1 to {MOST_INSTANCES}", integers(1, MOST_INSTANCES)
-        ),
-    ] = 1
-    directory: Annotated[str | None, PATH] = None
+    needs: tuple[str, ...] = ()  # `depends_on`, by names of instances
+    command: Command = ()
+    args: Words | None = None
+    numprocs: Instances = 1
+    directory: Path | None = None
     environment: Annotated[Mapping[str, str], VARIABLES] = {}
-    env_file: Annotated[tuple[str, ...], PATHS] = ()
-    inherit_env: Annotated[
-        bool | tuple[str, ...],
-        Check(
-            "true, false or a list of names",
-            lambda value: value if isinstance(value, bool) else to_words(value),
-        ),
-    ] = True
-    user: Annotated[str | int | None, ACCOUNT] = None
-    group_name: Annotated[str | int | None, ACCOUNT] = None
-    umask: Annotated[int | None, Check('an octal string such as "022"', to_umask)] = (
-        None
-    )
-    nice: Annotated[
-        int | None, Check("a whole number from -20 to 19", integers(-20, 19))
-    ] = None
-    rlimits: Annotated[Mapping[str, int], Check("a table of limits", to_rlimits)] = {}
-    autostart: Annotated[bool, BOOLEAN] = True
-    autorestart: Annotated[
-        bool | str,
-        Check('true, false or "unexpected"', one_of(True, False, "unexpected")),
-    ] = False
-    exitcodes: Annotated[
-        tuple[int, ...],
-        Check(
-            "a list of codes from 0 to 255",
-            lambda value: tuple(map(integers(0, 255), [*value])),
-        ),
-    ] = (0,)
-    startsecs: Annotated[float, SECONDS] = 1.0
-    startretries: Annotated[int | None, COUNT] = None
-    backoff_delay: Annotated[float, SECONDS] = 0.5
-    backoff_limit: Annotated[float, SECONDS] = 30.0
-    stopsignal: Annotated[str, Check("the name of a signal", to_signal)] = "TERM"
-    stopwaitsecs: Annotated[float, SECONDS] = 8.0
-    stopasgroup: Annotated[bool, BOOLEAN] = True
-    type: Annotated[
-        str,
-        Check('"simple", "oneshot" or "notify"', one_of("simple", "oneshot", "notify")),
-    ] = "simple"
-    watchdog_secs: Annotated[float | None, INTERVAL] = None
-    depends_on: Annotated[tuple[str, ...], WORDS] = ()
-    healthcheck: Annotated[Health | None, Check("a table", to_health)] = None
-    on_success: Annotated[str, ENDING] = "ignore"
-    on_failure: Annotated[str, ENDING] = "ignore"
-    logfile: Annotated[str | None, PATH] = None
-    stderr_logfile: Annotated[str | None, PATH] = None
-    logfile_maxbytes: Annotated[int, BYTES] = 10 * 1024 * 1024
-    logfile_backups: Annotated[int, COUNT] = 3
-    log_format: Annotated[str | None, LOG_FORMAT] = None
+    env_file: Paths = ()
+    inherit_env: Inherited = True
+    user: UserName | None = None
+    group_name: UserName | None = None
+    umask: Octal | None = None
+    nice: Nice | None = None
+    rlimits: Annotated[Mapping[str, int], LIMITS] = {}
+    autostart: Flag = True
+    autorestart: Annotated[bool | str, one_of(True, False, "unexpected")] = False
+    exitcodes: Codes = (0,)
+    startsecs: Seconds = 1.0
+    startretries: Count | None = None
+    backoff_delay: Seconds = 0.5
+    backoff_limit: Seconds = 30.0
+    stopsignal: SignalName = "TERM"
+    stopwaitsecs: Seconds = 8.0
+    stopasgroup: Flag = True
+    type: Annotated[str, one_of("simple", "oneshot", "notify")] = "simple"
+    watchdog_secs: Interval | None = None
+    depends_on: Words = ()
+    healthcheck: Annotated[Health | None, Check("a table", is_table, to_health)] = None
+    on_success: Ending = "ignore"
+    on_failure: Ending = "ignore"
+    logfile: Path | None = None
+    stderr_logfile: Path | None = None
+    logfile_maxbytes: Size = 10 * 1024 * 1024
+    logfile_backups: Count = 3
+    log_format: LogFormat | None = None
 
     @property
     def argv(self) -> tuple[str, ...]:
         """The argument vector; with `args`, a string is the executable itself."""
         if self.args is None:
             return split(self.command)
-        first = (self.command,) if isinstance(self.command, str) else self.command
-        return first + self.args
+        return to_some(self.command) + self.args
 
 
 class Config(NamedTuple):
@@ -730,42 +660,33 @@ class Config(NamedTuple):
 
     path: str = ""
     programs: Mapping[str, Program] = {}
-    listen: Annotated[
-        tuple[str, ...], Check("an address or a list of them", to_some)
-    ] = ("localhost:3000",)
-    control: Annotated[str, TEXT] = "auto"
-    token: Annotated[str, TEXT] = ""
-    token_file: Annotated[str, TEXT] = ""
-    allowed_hosts: Annotated[tuple[str, ...], WORDS] = ()
-    include: Annotated[tuple[str, ...], WORDS] = ()
-    exit_when_done: Annotated[bool, BOOLEAN] = False
-    log_format: Annotated[str, LOG_FORMAT] = "prefix"
-    pidfile: Annotated[str | None, PATH] = None
-    shutdown_timeout: Annotated[float | None, SECONDS] = None
+    listen: Addresses = ("localhost:3000",)
+    control: String = "auto"
+    token: String = ""
+    token_file: String = ""
+    allowed_hosts: Words = ()
+    include: Words = ()
+    exit_when_done: Flag = False
+    log_format: LogFormat = "prefix"
+    pidfile: Path | None = None
+    shutdown_timeout: Seconds | None = None
 
 
-# The TOML key of a field that cannot have its name: `group` is the user's group there,
-# and in the status, as in supervisord, the group of a program's instances.
-KEYS = {"group_name": "group"}
-
-
+@functools.cache
 def declared(kind: type) -> dict[str, tuple[str, Check]]:
     """Return the fields of a tuple class and their checks, by TOML key."""
-    hints = get_type_hints(kind, include_extras=True)
-    return {
-        KEYS.get(field, field): (field, hint.__metadata__[0])
-        for field, hint in hints.items()
-        if hasattr(hint, "__metadata__")
-    }
-
-
-def shown(value: object) -> str:
-    """Return a value as the file has it, cut to a line."""
-    text = (
-        {True: "true", False: "false"}.get(value) if isinstance(value, bool) else None
-    )
-    text = text or repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    checks = {}
+    for field, hint in typing.get_type_hints(kind, include_extras=True).items():
+        # `group` is the user's group in TOML, and in the status, as in supervisord,
+        # the group of a program's instances: the field has another name.
+        key = "group" if field == "group_name" else field
+        for part in (
+            hint,
+            *getattr(hint, "__args__", ()),
+        ):  # of `Path | None`, the path
+            for check in getattr(part, "__metadata__", ()):
+                checks[key] = (field, check)
+    return checks
 
 
 def hint(name: str, known: Iterable[str]) -> str:
@@ -788,28 +709,21 @@ def expand(value: Any, variables: Mapping[str, str]) -> Any:
     """
 
     def replace(match: re.Match[str]) -> str:
+        name, default = match.groups()
         if match[0] == "$${":
             return "${"
-        name, default = match[1], match[2]
-        escape = "write $${ for a literal ${"
         if name is None:
-            raise LookupError(f"expected ${{NAME}} or ${{NAME:-default}}; {escape}")
-        text = variables.get(name, "")
-        if default is not None:
-            return text or default
-        if name not in variables:
-            raise LookupError(
-                f"${{{name}}} is not set; ${{{name}:-x}} is x then; {escape}"
-            )
-        return text
+            raise LookupError(f"expected ${{NAME}} or ${{NAME:-default}}; {ESCAPE}")
+        if name not in variables and default is None:
+            example = f"${{{name}:-x}} is x then"
+            raise LookupError(f"${{{name}}} is not set; {example}; {ESCAPE}")
+        return variables.get(name) or default or ""
 
-    if isinstance(value, str):
-        return VARIABLE.sub(replace, value)
     if isinstance(value, list):
         return [expand(one, variables) for one in value]
     if isinstance(value, dict):
         return {key: expand(one, variables) for key, one in value.items()}
-    return value
+    return VARIABLE.sub(replace, value) if isinstance(value, str) else value
 
 
 def read_table(
@@ -825,22 +739,23 @@ def read_table(
     """
     checks, values = declared(kind), {}
     for key, value in table.items():
+        where = locate(key)
         if key not in checks:
-            errors.append(f"{locate(key)}: unknown key{hint(key, checks)}")
+            tables = ("programs", "defaults") if kind is Config else ()
+            errors.append(f"{where}: unknown key{hint(key, [*checks, *tables])}")
             continue
         field, check = checks[key]
         try:
-            if variables is not None:
-                value = expand(value, variables)
+            value = value if variables is None else expand(value, variables)
+            if not check.accepts(value):
+                raise ValueError
             values[field] = check.convert(value)
         except LookupError as error:
-            errors.append(f"{locate(key)}: {error.args[0]}")
+            errors.append(f"{where}: {error.args[0]}")
         except ConfigError as error:
-            errors += [f"{locate(key)}.{line}" for line in error.errors]
+            errors += [f"{where}.{line}" for line in error.errors]
         except (TypeError, ValueError):
-            errors.append(
-                f"{locate(key)}: expected {check.expects}, got {shown(value)}"
-            )
+            errors.append(f"{where}: expected {check.expects}, got {shown(value)}")
     return values
 
 
@@ -860,14 +775,15 @@ def read_program(
     common, own = defaults.get("environment"), table.get("environment")
     if isinstance(common, dict) and isinstance(own, dict):
         merged["environment"] = {**common, **own}
-    count = table.get("numprocs", defaults.get("numprocs", 1))
-    if type(count) is not int or not 1 <= count <= MOST_INSTANCES:
-        count = 1  # `read_table` says what is wrong with it
+    count = merged.get("numprocs", 1)
     programs, before = [], len(errors)
-    for number in range(count):
+    if "command" not in table:
+        errors.append(f"programs.{name}.command: missing")
+    for number in range(count if is_instances(count) else 1):
         variables = {**environ, "PROCESS_NUM": str(number)}
         values = read_table(Program, merged, locate, errors, variables)
-        instance = f"{name}:{number}" if count > 1 else name
+        instance = f"{name}:{number}" if count != 1 else name
+        values.pop("numprocs", None)  # the others are none of an instance's business
         programs.append(Program(name=instance, group=name, number=number, **values))
         if len(errors) == before:
             errors += [f"programs.{name}.{error}" for error in unlikely(programs[-1])]
@@ -878,18 +794,21 @@ def read_program(
 
 def unlikely(program: Program) -> Iterator[str]:
     """Yield what single keys cannot tell: keys that do not go together."""
-    if not program.command:
-        yield "command: missing"
-        return
-    try:
-        if not program.argv:
-            yield f"command: expected a command, got {shown(program.command)}"
-    except ValueError as error:
-        yield f"command: cannot split {shown(program.command)}: {str(error).lower()}"
+    yield from unusable(program) if program.command else ()
     if program.watchdog_secs is not None and program.type != "notify":
         yield f'watchdog_secs: expected type "notify" with it, got "{program.type}"'
     if program.healthcheck and program.type == "oneshot":
         yield "healthcheck: expected none for a oneshot, which ends"
+
+
+def unusable(owner: Program | Health) -> Iterator[str]:
+    """Yield what is wrong with a command that cannot be split, or is all blanks."""
+    command = shown(owner.command)
+    try:
+        if not owner.argv:
+            yield f"command: expected a command, got {command}"
+    except ValueError as error:
+        yield f"command: cannot split {command}: {str(error).lower()}"
 
 
 def parse_config(
@@ -903,25 +822,24 @@ def parse_config(
     Raises ConfigError with all that is wrong.
     """
     errors: list[str] = []
-    special = ("programs", "defaults")
-    keys = {key: value for key, value in data.items() if key not in special}
+    keys = {key: data[key] for key in data if key not in ("programs", "defaults")}
     values = read_table(Config, keys, str, errors, environ)
     if values.get("token") and values.get("token_file"):
         errors.append("token_file: expected token or token_file, not both")
-    for address in values.get("listen", ()):
+    for address in filter(None, values.get("listen", ())):
         try:
-            address and parse_address(address)
+            parse_address(address)
         except ValueError as error:
             errors.append(f"listen: {error}")
     defaults = read_defaults(data.get("defaults", {}), environ, errors)
-    tables = collect_programs(data, included or {}, errors)
+    tables = collect_programs({"": data, **(included or {})}, errors)
     programs: dict[str, Program] = {}
     for name, table in tables.items():
         for program in read_program(name, table, defaults, environ, errors):
             programs[program.name] = program
     if not tables and not errors:
         errors.append("programs: expected at least one program")
-    programs = resolve_dependencies(programs, tables, errors)
+    programs = resolve_dependencies(programs, tables, defaults, errors)
     errors += shared_files(programs.values())
     if errors:
         raise ConfigError(errors)
@@ -932,95 +850,99 @@ def read_defaults(
     table: Any, environ: Mapping[str, str], errors: list[str]
 ) -> dict[str, Any]:
     """Return the table `defaults` as it stands; it is converted program by program."""
-    if not isinstance(table, dict):
+    if not is_table(table):
         errors.append(f"defaults: expected a table, got {shown(table)}")
         return {}
+    before, variables = len(errors), {**environ, "PROCESS_NUM": "0"}
     usable = {key: table[key] for key in table if key not in ("command", "args")}
-    for key in table.keys() - usable.keys():
-        errors.append(f"defaults.{key}: expected in a program only")
-    before = len(errors)
-    read_table(
-        Program, usable, "defaults.{}".format, errors, {**environ, "PROCESS_NUM": "0"}
-    )
+    errors += [
+        f"defaults.{key}: expected in a program only"
+        for key in table
+        if key not in usable
+    ]
+    read_table(Program, usable, "defaults.{}".format, errors, variables)
     return usable if len(errors) == before else {}
 
 
 def collect_programs(
-    data: Mapping[str, Any],
-    included: Mapping[str, Mapping[str, Any]],
-    errors: list[str],
+    files: Mapping[str, Mapping[str, Any]], errors: list[str]
 ) -> dict[str, dict[str, Any]]:
     """Return all tables of programs by name, those of the included files too."""
     tables: dict[str, dict[str, Any]] = {}
-    for file, content in {"": data, **included}.items():
+    for file, content in files.items():
         place = f"{file}: " if file else ""
-        for key in content.keys() - {"programs"} if file else ():
-            errors.append(
-                f"{place}{key}: expected nothing but programs in an included file"
-            )
+        for key in content:
+            if file and key != "programs":
+                only = "expected nothing but programs in an included file"
+                errors.append(f"{place}{key}: {only}")
         programs = content.get("programs", {})
-        if not isinstance(programs, dict):
+        if not is_table(programs):
             errors.append(f"{place}programs: expected tables, got {shown(programs)}")
             continue
         for name, table in programs.items():
+            where = f"{place}programs.{name}: "
             if name in tables:
-                errors.append(f"{place}programs.{name}: defined twice")
+                errors.append(where + "defined twice")
             elif not NAME.fullmatch(name) or name == "all":
-                expected = "letters, digits, '_', '-', '.', and not 'all'"
-                errors.append(f"{place}programs.{name}: expected a name of {expected}")
-            elif not isinstance(table, dict):
-                errors.append(
-                    f"{place}programs.{name}: expected a table, got {shown(table)}"
-                )
+                letters = "letters, digits, '_', '-', '.', and not 'all'"
+                errors.append(f"{where}expected a name of {letters}")
+            elif not is_table(table):
+                errors.append(f"{where}expected a table, got {shown(table)}")
             else:
                 tables[name] = table
     return tables
 
 
 def resolve_dependencies(
-    programs: dict[str, Program], tables: Collection[str], errors: list[str]
+    programs: dict[str, Program],
+    tables: Mapping[str, Mapping[str, Any]],
+    defaults: Mapping[str, Any],
+    errors: list[str],
 ) -> dict[str, Program]:
-    """Return the programs with the names of instances in `depends_on`."""
-    members: dict[str, list[str]] = {}
+    """Return the programs with what they need: `depends_on`, by names of instances."""
+    members: dict[str, list[str]] = {name: [] for name in tables}
     for program in programs.values():
         for name in {program.name, program.group}:
             members.setdefault(name, []).append(program.name)
-    resolved = {}
-    for program in programs.values():
-        for name in program.depends_on:
-            if name not in members and name not in tables:
-                where = f"programs.{program.group}.depends_on"
-                errors.append(f"{where}: no program {name!r}{hint(name, members)}")
-        names = [one for name in program.depends_on for one in members.get(name, ())]
-        resolved[program.name] = program._replace(
-            depends_on=tuple(dict.fromkeys(names))
-        )
-    if any(program.depends_on for program in resolved.values()):
+    for name, table in tables.items():  # of programs with other mistakes as well
+        wanted: Any = {**defaults, **table}.get("depends_on")
+        for one in wanted if is_words(wanted) else ():
+            unread = not members.get(one.partition(":")[0], [""])
+            if one not in members and not unread and "${" not in one:
+                where = f"programs.{name}.depends_on"
+                errors.append(f"{where}: no program {one!r}{hint(one, members)}")
+    graph = {}
+    for name, program in programs.items():
+        needs = [
+            member for one in program.depends_on for member in members.get(one, ())
+        ]
+        graph[name] = tuple(dict.fromkeys(needs))
+    if any(graph.values()):
         import graphlib  # only where there is an order
 
-        graph = {program.name: program.depends_on for program in resolved.values()}
         try:
             graphlib.TopologicalSorter(graph).prepare()
         except graphlib.CycleError as error:
             cycle = error.args[1][::-1]
-            where = f"programs.{resolved[cycle[0]].group}.depends_on"
+            where = f"programs.{programs[cycle[0]].group}.depends_on"
             errors.append(f"{where}: cycle {' -> '.join(cycle)}")
-    return resolved
+    return {name: programs[name]._replace(needs=graph[name]) for name in programs}
 
 
 def shared_files(programs: Iterable[Program]) -> Iterator[str]:
     """Yield where programs share a log file and do not agree on its rotation."""
-    limits: dict[str, Program] = {}
+    firsts: dict[str, Program] = {}
     for program in programs:
         for path in filter(None, (program.logfile, program.stderr_logfile)):
             if path in TERMINALS:
                 continue
-            other = limits.setdefault(os.path.abspath(path), program)
+            first = firsts.setdefault(os.path.abspath(path), program)
             for key in ("logfile_maxbytes", "logfile_backups"):
-                theirs, ours = getattr(other, key), getattr(program, key)
-                if ours != theirs:
-                    expected = f"{theirs} as in {other.group}, which shares {path!r}"
-                    yield f"programs.{program.group}.{key}: expected {expected}, got {ours}"
+                want, found = getattr(first, key), getattr(program, key)
+                if found != want:
+                    expected = f"{want} as in {first.group}, which shares {path!r}"
+                    where = f"programs.{program.group}.{key}"
+                    yield f"{where}: expected {expected}, got {found}"
 
 
 class Address(NamedTuple):
@@ -1031,13 +953,8 @@ class Address(NamedTuple):
     port: int = 0
 
     def __str__(self) -> str:
-        if self.path:
-            return f"unix:{self.path}"
-        return (
-            f"[{self.host}]:{self.port}"
-            if ":" in self.host
-            else f"{self.host}:{self.port}"
-        )
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"unix:{self.path}" if self.path else f"{host}:{self.port}"
 
     @property
     def is_loopback(self) -> bool:
@@ -1050,20 +967,17 @@ def parse_address(text: str) -> Address:
     No name but `localhost` is looked up, so HOST is a number. Raises ValueError.
     """
     wanted = "expected HOST:PORT with a number for HOST, [V6]:PORT, :PORT or unix:PATH"
-    if text.startswith("unix:"):
-        path = text.removeprefix("unix:")
-        path = "/" + path.lstrip("/") if path.startswith("//") else path
-        if path:
-            return Address(path=path)
-    text = re.sub(r"^http://([^/]+)/?$", r"\1", text)
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/]*)):(\d{1,5})", text)
-    if not match or int(match[3]) > 65535:
-        raise ValueError(f"{wanted}, got {text!r}")
-    host = match[1] or match[2].lower() or "::"
-    host = {"localhost": "127.0.0.1", "*": "::"}.get(host, host)
+    if text.startswith("unix:") and text != "unix:":
+        return Address(path=re.sub("^/+", "/", text.removeprefix("unix:")))
+    plain = re.sub(r"^http://([^/]+)/?$", r"\1", text)
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/]*)):(\d{1,5})", plain)
     try:
+        if not match or int(match[3]) > 65535:
+            raise ValueError
+        host = match[1] or match[2].lower() or "::"
+        host = {"localhost": "127.0.0.1", "*": "::"}.get(host, host)
         socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
-    except OSError:
+    except (OSError, ValueError):
         raise ValueError(f"{wanted}, got {text!r}") from None
     return Address(host=host, port=int(match[3]))
 
@@ -1074,14 +988,15 @@ def read_toml(path: str) -> dict[str, Any]:
         with open(path, "rb") as file:
             return tomllib.load(file)
     except OSError as error:
-        raise ConfigError([f"cannot read {path!r}: {error.strerror}"]) from None
+        text = f"cannot read {path!r}: {error.strerror}"
     except UnicodeDecodeError as error:
-        raise ConfigError([f"{path}: not UTF-8 at byte {error.start}"]) from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        reason = (
-            "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        )
-        raise ConfigError([f"{path}: {reason[:1].lower()}{reason[1:]}"]) from None
+        text = f"{path}: not UTF-8 at byte {error.start}"
+    except RecursionError:
+        text = f"{path}: nested too deeply"
+    except tomllib.TOMLDecodeError as error:
+        reason = str(error)
+        text = f"{path}: {reason[:1].lower()}{reason[1:]}"
+    raise ConfigError([text])
 
 
 def load_config(path: str = "supervisors.toml") -> Config:
@@ -1089,19 +1004,15 @@ def load_config(path: str = "supervisors.toml") -> Config:
 
     Raises ConfigError, whose `errors` are complete lines; never exits.
     """
-    data = read_toml(path)
-    environ = original_environ()
-    included = {}
+    data, environ, included = read_toml(path), original_environ(), {}
     patterns = data.get("include", [])
-    if isinstance(patterns, list):
+    for pattern in patterns if isinstance(patterns, list) else []:
         import glob  # only where something is included
 
-        here = os.path.dirname(path)
-        for pattern in patterns:
-            with contextlib.suppress(LookupError, TypeError, ValueError):
-                pattern = os.path.join(here, to_text(expand(pattern, environ)))
-                for file in sorted(glob.glob(pattern)):
-                    included[file] = read_toml(file)
+        with contextlib.suppress(LookupError, TypeError, ValueError):
+            where = os.path.join(os.path.dirname(path), expand(pattern, environ))
+            for file in sorted(glob.glob(where)):
+                included[file] = read_toml(file)
     try:
         return parse_config(data, environ, included, os.path.realpath(path))
     except ConfigError as error:
@@ -1133,18 +1044,9 @@ class State(enum.Enum):
     FATAL = "FATAL"
 
 
-ALIVE = {State.STARTING, State.RUNNING, State.STOPPING}
-
-
-class After(enum.Enum):
-    """What STOPPING leads to."""
-
-    STOP = "it was asked to stop"
-    START = "it was asked to start again"
-    JUDGE = "its leader ended unasked"
-    FAIL = "it was found to have failed, alive"
-
-
+# What STOPPING leads to: it was asked to stop, or to start again; its leader ended
+# unasked; or it was found to have failed, alive.
+After = enum.Enum("After", "STOP START JUDGE FAIL")
 AWAITS_READY = "waiting for READY=1"
 KILL_AGAIN = 1.0  # seconds between SIGKILLs to a group that does not end
 
@@ -1173,110 +1075,46 @@ class Status(NamedTuple):
 
     @property
     def is_alive(self) -> bool:
-        return self.state in ALIVE
+        return self.state in (State.STARTING, State.RUNNING, State.STOPPING)
 
 
-class Start(NamedTuple):
-    """Somebody wants it to run."""
+# Events, in the order of the table below. Those with defaults are classes.
+Start = NamedTuple("Start", [])  # somebody wants it to run
+Stop = NamedTuple("Stop", [])  # not to run
+Restart = NamedTuple("Restart", [])  # a new run
+Due = NamedTuple("Due", [])  # the deadline of the status has come
+Spawned = NamedTuple("Spawned", [("pid", int)])
+SpawnFailed = NamedTuple("SpawnFailed", [("reason", str), ("code", int)])  # 127 or 126
+Emptied = NamedTuple("Emptied", [])  # the leader was reaped, its group is empty
+Ready = NamedTuple("Ready", [])  # it said READY=1
+Alive = NamedTuple("Alive", [])  # it said WATCHDOG=1
+Text = NamedTuple("Text", [("text", str)])  # it said STATUS=text
 
 
-class Stop(NamedTuple):
-    """Somebody wants it not to run."""
-
-
-class Restart(NamedTuple):
-    """Somebody wants a new run."""
-
-
-class Due(NamedTuple):
-    """The deadline of the status has come."""
-
-
-class Spawned(NamedTuple):
-    pid: int
-
-
-class SpawnFailed(NamedTuple):
-    """It cannot be executed; `code` is 127 for a missing command, else 126."""
-
-    reason: str
-    code: int
-
-
-class Exited(NamedTuple):
-    """The leader was reaped; `survivors` of its group live on."""
-
+class Exited(NamedTuple):  # the leader was reaped
     code: int | None
     signal: int | None
-    survivors: bool = False
+    survivors: bool = False  # some of its group live on
 
 
-class Emptied(NamedTuple):
-    """Nothing of its group is left, the leader has been reaped."""
-
-
-class Blocked(NamedTuple):
-    """What it depends on is not ready, for this reason; or is, with an empty one.
-
-    `cause` is "failing" if that is no mere delay, "failed" if it will not end by itself.
-    """
-
+class Blocked(NamedTuple):  # what it depends on is not ready; or is: no reason
     reason: str
-    cause: str = ""
+    cause: str = ""  # "failing": no mere delay; "failed": it will not end by itself
 
 
-class Ready(NamedTuple):
-    """It said READY=1."""
-
-
-class Alive(NamedTuple):
-    """It said WATCHDOG=1."""
-
-
-class Text(NamedTuple):
-    """It said STATUS=text."""
-
-    text: str
-
-
-class Checked(NamedTuple):
-    """A health check passed, or failed for a reason."""
-
+class Checked(NamedTuple):  # a health check passed, or failed
     passed: bool
     detail: str = ""
 
 
-Event = (
-    Start
-    | Stop
-    | Restart
-    | Due
-    | Spawned
-    | SpawnFailed
-    | Exited
-    | Emptied
-    | Blocked
-    | Ready
-    | Alive
-    | Text
-    | Checked
-)
-
-
-class Spawn(NamedTuple):
-    """Start it; answer with Spawned or SpawnFailed before any other event."""
-
-
-class Signal(NamedTuple):
-    """Send a signal to its group, or its leader where `stopasgroup` is false."""
-
-    name: str
-
-
-class Kill(NamedTuple):
-    """Send SIGKILL to its group; answer with Emptied if that was empty."""
-
-
+Happening = Due | Spawned | SpawnFailed | Exited | Emptied | Blocked
+Event = Start | Stop | Restart | Happening | Ready | Alive | Text | Checked
+# Actions. Spawn is answered with Spawned or SpawnFailed before any other event; a
+# signal goes to the group, or to the leader where `stopasgroup` is false; a Kill is
+# SIGKILL to the group, answered with Emptied if that was empty.
+Spawn = NamedTuple("Spawn", [])
+Signal = NamedTuple("Signal", [("name", str)])
+Kill = NamedTuple("Kill", [])
 Action = Spawn | Signal | Kill
 Step = tuple[Status, tuple[Action, ...]]
 
@@ -1302,32 +1140,37 @@ def step(program: Program, now: float, status: Status, event: Event) -> Step:
         Text        =       =       =         =         =       =        =       =
         Checked     =       =       =|STOPPING =|STOPPING =     =        =       =
     """
+    state = status.state
     if isinstance(event, Start):
-        return start(program, now, status)
+        runs = state in (State.WAITING, State.STARTING, State.RUNNING)
+        return (status, ()) if runs else order(program, now, status, After.START)
     if isinstance(event, Stop):
-        return stop(program, now, status)
+        stopped = state is State.STOPPED
+        return (status, ()) if stopped else order(program, now, status, After.STOP)
     if isinstance(event, Restart):
-        return restart(program, now, status)
+        return order(program, now, status, After.START)
     if isinstance(event, Due):
-        return due(program, now, status)
+        is_due = status.deadline is not None and now >= status.deadline
+        return due(program, now, status) if is_due else (status, ())
     if isinstance(event, Spawned):
         return spawned(program, now, status, event)
     if isinstance(event, SpawnFailed):
-        assert status.state is State.STARTING
+        assert state is State.STARTING
         status = status._replace(ran=-1.0, exit_code=event.code, exit_signal=None)
-        return judge(program, now, status, event.reason, executed=False)
+        return judge(program, now, status, event.reason)
     if isinstance(event, Exited):
         return exited(program, now, status, event)
     if isinstance(event, Emptied):
-        return (
-            settle(program, now, status)
-            if status.state is State.STOPPING
-            else (status, ())
-        )
+        over = state is State.STOPPING
+        return settle(program, now, status) if over else (status, ())
     if isinstance(event, Blocked):
-        return blocked(program, now, status, event)
+        status = status._replace(blocked=event.reason, blocked_as=event.cause)
+        return begin(status) if state is State.WAITING else (status, ())
     if isinstance(event, Ready):
-        return ready(program, now, status)
+        if program.type == "notify" and state is State.STARTING:
+            status = status._replace(state=State.RUNNING, notified=True, reason="")
+            status = watched(program, now, status)
+        return status, ()
     if isinstance(event, Alive):
         return watched(program, now, status), ()
     if isinstance(event, Text):
@@ -1346,93 +1189,70 @@ def is_ready(program: Program, status: Status) -> bool:
 
 
 def has_failed(status: Status) -> bool:
-    """Return whether it has ended, not as it should, and does not come back by itself."""
+    """Return whether it has ended, not as it should, and stays so by itself."""
     failed = status.state is State.EXITED and not status.succeeded
     return failed or status.state is State.FATAL
 
 
+def end_code(status: Status) -> int | None:
+    """Return how the last run ended: the code, or 128 plus the signal's number."""
+    return status.exit_code if status.exit_signal is None else 128 + status.exit_signal
+
+
 def exit_status(status: Status) -> int:
-    """Return a final end as an exit status: the code, or 128 plus the signal's number."""
-    code = status.exit_code if status.exit_signal is None else 128 + status.exit_signal
-    return code or int(has_failed(status))
+    """Return a final end as an exit status, which is never 0 for a failure."""
+    return end_code(status) or int(has_failed(status))
 
 
-def start(program: Program, now: float, status: Status) -> Step:
-    if status.state in (State.WAITING, State.STARTING, State.RUNNING):
-        return status, ()
+def order(program: Program, now: float, status: Status, after: After) -> Step:
+    """Have it stop, or have a new run: at once, or when the present one is over."""
     if status.state is State.STOPPING:
-        return status._replace(after=After.START), ()
-    return begin(status._replace(failures=0))
-
-
-def stop(program: Program, now: float, status: Status) -> Step:
-    if status.state is State.STOPPED:
-        return status, ()
-    if status.state is State.STOPPING:
-        return status._replace(after=After.STOP), ()
-    if status.is_alive:
-        return begin_stop(program, now, status, After.STOP)
-    return status._replace(
-        state=State.STOPPED, deadline=None, reason="", failures=0
-    ), ()
-
-
-def restart(program: Program, now: float, status: Status) -> Step:
-    if status.state is State.STOPPING:
-        return status._replace(after=After.START), ()
-    if status.is_alive:
-        return begin_stop(program, now, status, After.START)
-    return begin(status._replace(failures=0))
+        return status._replace(after=after), ()
+    status = status._replace(after=after, reason="")
+    proceed = halt if status.is_alive else settle
+    return proceed(program, now, status)
 
 
 def begin(status: Status, automatic: bool = False) -> Step:
     """Start a run, or wait for what it depends on."""
     status = status._replace(
+        state=State.WAITING if status.blocked else State.STARTING,
         deadline=None,
         restarts=status.restarts + automatic,
         notified=False,
         reason=status.blocked,
         status_text="",
     )
-    if status.blocked:
-        return status._replace(state=State.WAITING), ()
-    return status._replace(state=State.STARTING), (Spawn(),)
+    return status, () if status.blocked else (Spawn(),)
 
 
-def begin_stop(
-    program: Program, now: float, status: Status, after: After, reason: str = ""
-) -> Step:
+def halt(program: Program, now: float, status: Status) -> Step:
+    """Ask a run to end; its status says already why, and what comes after."""
     deadline = now + program.stopwaitsecs
-    status = status._replace(
-        state=State.STOPPING, after=after, deadline=deadline, reason=reason
-    )
+    status = status._replace(state=State.STOPPING, deadline=deadline)
     return status, (Signal(program.stopsignal),)
 
 
 def due(program: Program, now: float, status: Status) -> Step:
-    if status.deadline is None or now < status.deadline:
-        return status, ()
+    """Do what the deadline of a state was for."""
     if status.state is State.STARTING:
         return status._replace(state=State.RUNNING, deadline=None), ()
     if status.state is State.RUNNING:
         reason = f"no WATCHDOG=1 for {program.watchdog_secs:g} s"
-        return begin_stop(program, now, status, After.FAIL, reason)
+        return halt(program, now, status._replace(after=After.FAIL, reason=reason))
     if status.state is State.BACKOFF:
         return begin(status, automatic=True)
-    if status.state is State.STOPPING:
-        killed = f"killed after {program.stopwaitsecs:g} s"
-        reason = status.reason
-        if killed not in reason:
-            reason = f"{reason}, {killed}".removeprefix(", ")
-        return status._replace(deadline=now + KILL_AGAIN, reason=reason), (Kill(),)
-    return status, ()
+    if status.state is not State.STOPPING:
+        return status, ()
+    killed, reason = f"killed after {program.stopwaitsecs:g} s", status.reason
+    if killed not in reason:
+        reason = f"{reason}, {killed}".removeprefix(", ")
+    return status._replace(deadline=now + KILL_AGAIN, reason=reason), (Kill(),)
 
 
 def spawned(program: Program, now: float, status: Status, event: Spawned) -> Step:
     assert status.state is State.STARTING
-    status = status._replace(
-        pid=event.pid, started=now, ran=-1.0, reason="", healthy=None, checks_failed=0
-    )
+    status = status._replace(pid=event.pid, started=now, ran=-1.0, checks_failed=0)
     if program.type == "notify":
         return status._replace(reason=AWAITS_READY), ()
     if program.type == "oneshot" or program.startsecs == 0:
@@ -1442,59 +1262,45 @@ def spawned(program: Program, now: float, status: Status, event: Spawned) -> Ste
 
 def exited(program: Program, now: float, status: Status, event: Exited) -> Step:
     assert status.is_alive
-    status = status._replace(
-        pid=None,
-        ran=now - status.started,
-        exit_code=event.code,
-        exit_signal=event.signal,
-    )
-    unasked = status.state is not State.STOPPING
-    if unasked:
-        status = status._replace(after=After.JUDGE)
+    status = status._replace(pid=None, ran=now - status.started)
+    status = status._replace(exit_code=event.code, exit_signal=event.signal)
+    actions: tuple[Action, ...] = ()
+    if status.state is not State.STOPPING:
+        reason = f"{describe_end(status)}, its group lives on"
+        status = status._replace(after=After.JUDGE, reason=reason)
+        status, actions = halt(program, now, status)
     if not event.survivors:
         return settle(program, now, status)
-    actions: tuple[Action, ...] = ()
-    if unasked:
-        ended = f"{describe_end(status)}, its group lives on"
-        status, actions = begin_stop(program, now, status, After.JUDGE, ended)
-    if not program.stopasgroup:
-        return status._replace(deadline=now + KILL_AGAIN), (Kill(),)
-    return status, actions
+    if program.stopasgroup:
+        return status, actions
+    return status._replace(deadline=now + KILL_AGAIN), (Kill(),)
 
 
 def settle(program: Program, now: float, status: Status) -> Step:
     """Decide what follows a run that is over, its whole group gone."""
-    status = status._replace(deadline=None, healthy=None)
-    if status.after is After.STOP:
-        return status._replace(state=State.STOPPED, failures=0), ()
+    if status.after in (After.JUDGE, After.FAIL):
+        judged = status.after is After.JUDGE
+        reason = describe_end(status) if judged else status.reason
+        return judge(program, now, status, reason)
+    status = status._replace(deadline=None, healthy=None, failures=0)
     if status.after is After.START:
-        return begin(status._replace(failures=0))
-    if status.after is After.FAIL:
-        return judge(program, now, status, status.reason, failed=True)
-    return judge(program, now, status, describe_end(status))
+        return begin(status)
+    return status._replace(state=State.STOPPED), ()
 
 
-def judge(
-    program: Program,
-    now: float,
-    status: Status,
-    reason: str,
-    *,
-    failed: bool = False,
-    executed: bool = True,
-) -> Step:
+def judge(program: Program, now: float, status: Status, reason: str) -> Step:
     """Decide whether and when a program that ended unasked comes back.
 
     An expected end after `startsecs` is no failure. Any other is; the first after
     `startsecs` is forgiven, then the waits double, and only a run of `backoff_limit`
     starts the count anew, so that a slow crash loop trips as well.
     """
-    code = status.exit_code if status.exit_signal is None else 128 + status.exit_signal
-    expected = executed and not failed and code in program.exitcodes
-    status = status._replace(deadline=None, reason=reason, succeeded=expected)
-    wanted = program.autorestart is True
-    wanted = wanted or (program.autorestart == "unexpected" and not expected)
-    if not wanted:
+    executed = status.ran >= 0
+    expected = executed and end_code(status) in program.exitcodes
+    expected = expected and status.after is not After.FAIL
+    status = status._replace(deadline=None, healthy=None, reason=reason)
+    status = status._replace(succeeded=expected)
+    if program.autorestart is False or (expected and program.autorestart is not True):
         return status._replace(state=State.EXITED if executed else State.FATAL), ()
     announced = program.type != "notify" or status.notified
     stayed_up = executed and announced and status.ran >= program.startsecs
@@ -1507,23 +1313,17 @@ def judge(
         return status._replace(state=State.FATAL), ()
     if failures == 1 and stayed_up:
         return begin(status, automatic=True)
-    wait = backoff_delay(program, failures) * jitter(program, failures, now)
-    reason = f"{reason}, restart in {wait:.3g} s"
-    return status._replace(state=State.BACKOFF, deadline=now + wait, reason=reason), ()
+    # The factor from 0.9 to 1.1, so that a fleet does not restart in step, is a hash of
+    # the moment: no generator to import, to seed or to hand around.
+    factor = 0.9 + hash((program.name, failures, now)) % 2001 / 10_000
+    wait = backoff_delay(program, failures) * factor
+    return status._replace(state=State.BACKOFF, deadline=now + wait), ()
 
 
 def backoff_delay(program: Program, failures: int) -> float:
     """Return the seconds to wait before restart number `failures`, counted from 1."""
     doublings = min(failures - 1, 60)  # 2**60 seconds is beyond every limit
     return min(program.backoff_delay * 2.0**doublings, program.backoff_limit)
-
-
-def jitter(program: Program, failures: int, now: float) -> float:
-    """Return a factor from 0.9 to 1.1, so that a fleet does not restart in step.
-
-    From the hash of the moment: no generator to import, to seed or to hand around.
-    """
-    return 0.9 + hash((program.name, failures, now)) % 2001 / 10_000
 
 
 def describe_end(status: Status) -> str:
@@ -1538,20 +1338,6 @@ def signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"SIGRTMIN+{number - signal.SIGRTMIN}"
-
-
-def blocked(program: Program, now: float, status: Status, event: Blocked) -> Step:
-    status = status._replace(blocked=event.reason, blocked_as=event.cause)
-    if status.state is not State.WAITING:
-        return status, ()
-    return begin(status)
-
-
-def ready(program: Program, now: float, status: Status) -> Step:
-    if program.type != "notify" or status.state is not State.STARTING:
-        return status, ()
-    status = status._replace(state=State.RUNNING, notified=True, reason="")
-    return watched(program, now, status), ()
 
 
 def watched(program: Program, now: float, status: Status) -> Status:
@@ -1572,49 +1358,49 @@ def checked(program: Program, now: float, status: Status, event: Checked) -> Ste
     # As in Compose, the start period ends with the first check that passes.
     if status.healthy is None and now < status.started + check.start_period:
         return status._replace(reason=f"not yet healthy: {event.detail}"), ()
-    failed = status.checks_failed + 1
-    status = status._replace(checks_failed=failed)
-    if failed < check.retries:
+    status = status._replace(checks_failed=status.checks_failed + 1)
+    if status.checks_failed < check.retries:
         return status._replace(reason=f"check failed: {event.detail}"), ()
     reason = f"unhealthy: {event.detail}"
     status = status._replace(healthy=False, reason=reason)
     if program.autorestart is False:
         return status, ()
-    return begin_stop(program, now, status, After.FAIL, reason)
+    return halt(program, now, status._replace(after=After.FAIL))
 
 
 def verdict(program: Program, status: Status) -> str:
     """Return "ok", "starting" or "failing"; "" for one that does not count.
 
-    Those do not count that were stopped on purpose, and those that ended as they should.
+    Those do not count that were stopped on purpose or have ended as they should.
     """
-    state, after = status.state, status.after
+    state = status.state
     if state is State.STOPPED or (state is State.EXITED and status.succeeded):
         return ""
     if state is State.STOPPING:
-        return {After.STOP: "", After.FAIL: "failing"}.get(after, "starting")
+        return {After.STOP: "", After.FAIL: "failing"}.get(status.after, "starting")
     if state in (State.BACKOFF, State.EXITED, State.FATAL) or status.healthy is False:
         return "failing"
-    if state is State.WAITING:
-        return "failing" if status.blocked_as else "starting"
+    if state is State.WAITING and status.blocked_as:
+        return "failing"
     passes = program.healthcheck is None or status.healthy
     return "ok" if state is State.RUNNING and passes else "starting"
 
 
 def blocked_by(others: Mapping[str, tuple[Program, Status]]) -> Blocked:
     """Return what a program has to wait for: those of its dependencies not ready."""
-    waits, causes = [], {""}
+    waits, causes = [], []
     for name, (other, status) in others.items():
         if is_ready(other, status):
             continue
-        detail = status.state.value
-        if status.reason and status.state is not State.WAITING:
-            detail += f": {status.reason}"
-        waits.append(f"{name} ({detail})")
-        causes.add("failing" if verdict(other, status) == "failing" else "")
-        waits_in_vain = status.state is State.WAITING and status.blocked_as == "failed"
-        causes.add("failed" if has_failed(status) or waits_in_vain else "")
-    cause = "failed" if "failed" in causes else max(causes)
+        waits_itself = status.state is State.WAITING
+        told = f": {status.reason}" if status.reason and not waits_itself else ""
+        waits.append(f"{name} ({status.state.value}{told})")
+        if has_failed(status) or (waits_itself and status.blocked_as == "failed"):
+            causes.append("failed")
+        elif verdict(other, status) == "failing":
+            causes.append("failing")
+    # "failed" comes before "failing", in the alphabet as in weight.
+    cause = min(causes, default="")
     return Blocked("waiting for " + ", ".join(waits) if waits else "", cause)
 
 
@@ -1640,22 +1426,13 @@ def cut_lines(data: bytes, mark: bytes = b"\n") -> tuple[bytes, bytes]:
 
     What is longer than LINE_LIMIT is cut into pieces, each ended by `mark`.
     """
-    end = data.rfind(b"\n") + 1
-    lines, rest = data[:end], data[end:]
-    if mark and end > LINE_LIMIT:
-        parts = lines[:-1].split(b"\n")
-        if max(map(len, parts)) > LINE_LIMIT:
-            lines = b"".join(piece + b"\n" for part in parts for piece in pieces(part))
-    if len(rest) > LINE_LIMIT:
-        *full, rest = pieces(rest)
-        lines += b"".join(piece + mark for piece in full)
-    return lines, rest
-
-
-def pieces(line: bytes) -> list[bytes]:
-    return [line[at : at + LINE_LIMIT] for at in range(0, len(line), LINE_LIMIT)] or [
-        line
-    ]
+    done, at = [], 0
+    while len(data) - at > LINE_LIMIT:
+        end = data.rfind(b"\n", at, at + LINE_LIMIT + 1) + 1
+        done += [data[at:end]] if end else [data[at : at + LINE_LIMIT], mark]
+        at = end or at + LINE_LIMIT
+    end = max(data.rfind(b"\n", at) + 1, at)
+    return b"".join([*done, data[at:end]]), data[end:]
 
 
 def log_formatter(
@@ -1666,31 +1443,25 @@ def log_formatter(
         return json_formatter(name, stream)
     label = f"{name:<{width}}"
     prefix = f"{label} | " if colour is None else f"\033[{colour}m{label} |\033[0m "
-    start = prefix.encode()
-    if log_format == "prefix":
-        return lambda lines, now: (
-            start + lines[:-1].replace(b"\n", b"\n" + start) + b"\n"
-        )
-    if log_format == "timestamp":
+    start, stamped = prefix.encode(), log_format == "timestamp"
 
-        def stamped(lines: bytes, now: float) -> bytes:
-            head = timestamp(now).encode() + b" " + start
-            return head + lines[:-1].replace(b"\n", b"\n" + head) + b"\n"
+    def format_lines(lines: bytes, now: float) -> bytes:
+        head = timestamp(now).encode() + b" " + start if stamped else start
+        return head + lines[:-1].replace(b"\n", b"\n" + head) + b"\n"
 
-        return stamped
-    return lambda lines, now: lines
+    return format_lines
 
 
 def json_formatter(name: str, stream: str) -> Format:
     import json  # only where it is the format
 
+    encode = json.JSONEncoder(ensure_ascii=False).encode
+
     def format_lines(lines: bytes, now: float) -> bytes:
-        head = {"time": timestamp(now), "program": name, "stream": stream}
+        fields = {"time": timestamp(now), "program": name, "stream": stream}
+        start = encode(fields)[:-1] + ', "message": '
         texts = lines[:-1].decode(errors="replace").split("\n")
-        objects = [
-            json.dumps({**head, "message": text}, ensure_ascii=False) for text in texts
-        ]
-        return "".join(f"{line}\n" for line in objects).encode(errors="replace")
+        return "".join(f"{start}{encode(text)}}}\n" for text in texts).encode()
 
     return format_lines
 
@@ -1699,37 +1470,30 @@ def message_line(
     now: float, name: str, text: str, level: str = "info", as_json: bool = False
 ) -> bytes:
     """Return one of the supervisor's own messages; `name` is a program's, or ""."""
+    line = f"{timestamp(now, 0)} {name or 'supervisors'}: {text}"
     if as_json:
         import json
 
         fields = {"time": timestamp(now), "level": level, "program": name or None}
-        return (json.dumps({**fields, "message": text}) + "\n").encode()
-    return f"{timestamp(now, 0)} {name or 'supervisors'}: {text}\n".encode(
-        errors="replace"
-    )
+        line = json.dumps({**fields, "message": text})
+    return f"{line}\n".encode(errors="replace")
 
 
-class Route(NamedTuple):
-    """Where a stream goes: descriptor 1 or 2, or a file; in which format."""
-
-    target: int | str
+class Route(NamedTuple):  # where a stream goes
+    target: int | str  # descriptor 1 or 2, or a file
     log_format: str
     direct: bool  # the program gets the descriptor itself
 
 
 def route(program: Program, stream: str, log_format: str) -> Route:
-    """Return where "stdout" or "stderr" of a program goes; `log_format` for terminals."""
-    path = program.logfile
-    if stream == "stderr" and program.stderr_logfile:
-        path = program.stderr_logfile
+    """Return where "stdout" or "stderr" goes; `log_format` is that for terminals."""
+    path = (program.stderr_logfile if stream == "stderr" else "") or program.logfile
     target: int | str = 1 if stream == "stdout" else 2
     if path:
         target = TERMINALS.get(path) or os.path.abspath(path)
-    if isinstance(target, int):
-        chosen = program.log_format or log_format
-        return Route(target, chosen, chosen == "raw")
-    chosen = program.log_format or "raw"
-    direct = path == NOWHERE or (chosen == "raw" and program.logfile_maxbytes == 0)
+    unlimited = isinstance(target, int) or program.logfile_maxbytes == 0
+    chosen = program.log_format or (log_format if isinstance(target, int) else "raw")
+    direct = path == NOWHERE or (chosen == "raw" and unlimited)
     return Route(target, chosen, direct)
 
 
@@ -1738,9 +1502,9 @@ def route(program: Program, stream: str, log_format: str) -> Route:
 # One thread owns every pipe and every log file, so a slow disk or a stopped terminal
 # delays output and nothing else. Other threads hand it jobs.
 #
-# It reads into one reused buffer, makes a pipe larger that it finds full, and naps after
-# a pass that moved little, so that the next one finds more: for lines of 100 bytes that
-# is fewer wake-ups by a hundred, and a tenth of the CPU.
+# It reads into one reused buffer, makes a pipe larger that it finds full, and naps
+# after a pass that moved little, so that the next one finds more: for lines of 100
+# bytes that is fewer wake-ups by a hundred, and a tenth of the CPU.
 
 BUFFER = 1024 * 1024  # bytes; also what a busy pipe is enlarged to
 PIPE = 64 * 1024  # bytes that a pipe holds as it comes (pipe(7))
@@ -1794,8 +1558,7 @@ class Feed(Generic[T]):
             missing = self.end - after
             if missing > len(self.items):
                 raise Lagged
-            found = [self.items[i][1] for i in range(-missing, 0)]
-            return found, self.end
+            return [self.items[i][1] for i in range(-missing, 0)], self.end
 
     def newest(self) -> tuple[list[T], int]:
         """Return all items that are kept, and the number of the next."""
@@ -1818,15 +1581,12 @@ class Feed(Generic[T]):
                 self.followers -= 1
 
 
-class Output:
-    """One program's output over all its runs: what is remembered, what was dropped."""
-
+class Output:  # of one program, over all its runs
     def __init__(self, name: str) -> None:
         self.name = name
-        self.dropped = 0
-        self.recent: Feed[tuple[str, bytes]] | None = (
-            None  # where nothing else keeps it
-        )
+        self.dropped = 0  # bytes
+        # The newest lines by stream, where no file keeps them.
+        self.recent: Feed[tuple[str, bytes]] = Feed(REMEMBERED, LAG)
 
 
 class Sink:
@@ -1836,6 +1596,8 @@ class Sink:
         self.name = name
         self.complained = float("-inf")
         self.error = ""
+        self.held = bytearray()  # what nobody takes
+        self.maxbytes = self.backups = 0
 
     def failed(self, error: OSError, count: int) -> int:
         self.error = error.strerror or str(error)
@@ -1847,19 +1609,12 @@ class Sink:
     def reopen(self) -> None:
         """Let go of the file; the next write opens it anew."""
 
-    def waits(self) -> bool:
-        """Return whether it has bytes that nobody takes."""
-        return False
-
 
 class FileSink(Sink):
     """A log file, rotated at `maxbytes` on a line boundary; 0 never rotates."""
 
-    def __init__(self, path: str, maxbytes: int, backups: int) -> None:
+    def __init__(self, path: str) -> None:
         super().__init__(path)
-        self.path = path
-        self.maxbytes = maxbytes
-        self.backups = backups
         self.fd = -1
         self.size = 0
         self.is_regular = False
@@ -1869,12 +1624,11 @@ class FileSink(Sink):
         data = memoryview(data)
         try:
             self.check()
-            while (
-                data and self.is_regular and 0 < self.maxbytes < self.size + len(data)
-            ):
-                data = self.fill(data)
             while data:
-                data = data[self.put(data) :]
+                fits = len(data)
+                if self.is_regular and 0 < self.maxbytes < self.size + fits:
+                    fits = self.make_room(data)
+                data = data[self.put(data[:fits]) :]
         except OSError as error:
             return self.failed(error, len(data))
         return 0
@@ -1888,48 +1642,35 @@ class FileSink(Sink):
         """Open the file, anew if it was removed; learn what its size is now."""
         if self.fd >= 0:
             status = os.fstat(self.fd)
+            self.size = status.st_size  # it may have been truncated (copytruncate)
             if status.st_nlink or not self.is_regular:
-                self.size = status.st_size  # it may have been truncated (copytruncate)
                 return
             self.reopen()
-        self.fd, self.is_regular = open_log(self.path, os.O_RDWR)
+        self.fd, self.is_regular = open_log(self.name, os.O_RDWR)
         self.size = os.fstat(self.fd).st_size
         self.is_one_line = False
 
-    def fill(self, data: memoryview) -> memoryview:
-        """Write what of `data` still fits, rotate if it is time; return what is left.
+    def make_room(self, data: memoryview) -> int:
+        """Return how much of `data` the file takes now, rotated if it takes no line.
 
         A line that is in the file already moves on with its end, so that none is split.
         """
         room = max(self.maxbytes - self.size, 0)
         fits = bytes(data[:room]).rfind(b"\n") + 1
-        if fits:
-            self.put_all(data[:fits])
-            self.rotate()
-            return data[fits:]
-        start = 0 if self.is_one_line else self.line_start()
+        start = 0 if fits or self.is_one_line else self.line_start()
         if start:
-            tail = (
-                os.pread(self.fd, self.size - start, start)
-                if start < self.size
-                else b""
-            )
+            tail = memoryview(os.pread(self.fd, self.size - start, start))
             os.ftruncate(self.fd, start)
             self.rotate()
-            self.put_all(tail)
-            return data
-        end = bytes(data).find(b"\n") + 1
-        self.put_all(data[: end or len(data)])
+            while tail:
+                tail = tail[self.put(tail) :]
+            return 0
+        end = fits or bytes(data).find(b"\n") + 1
         self.is_one_line = not end
-        return data[end or len(data) :]
-
-    def put_all(self, data: bytes | memoryview) -> None:
-        data = memoryview(data)
-        while data:
-            data = data[self.put(data) :]
+        return end or len(data)
 
     def line_start(self) -> int:
-        """Return where the file's last, unfinished line begins; its size if it has none."""
+        """Return where the file's unfinished line begins; its size if it has none."""
         end = self.size
         while end > 0:
             start = max(end - PIPE, 0)
@@ -1944,10 +1685,9 @@ class FileSink(Sink):
         if self.backups == 0:
             os.ftruncate(self.fd, 0)
         for number in range(self.backups, 0, -1):
-            older = f"{self.path}.{number}"
-            newer = f"{self.path}.{number - 1}" if number > 1 else self.path
+            newer = f"{self.name}.{number - 1}" if number > 1 else self.name
             with contextlib.suppress(FileNotFoundError):
-                os.rename(newer, older)
+                os.rename(newer, f"{self.name}.{number}")
         if self.backups:
             self.reopen()
         self.check()
@@ -1959,7 +1699,7 @@ class FileSink(Sink):
 
 
 def open_log(path: str, access: int = os.O_WRONLY) -> tuple[int, bool]:
-    """Open a log file to append, and make its folders; return whether it is a regular one.
+    """Open a log file to append, and make its folders; return whether it is regular.
 
     Without O_NONBLOCK the open of a FIFO that nobody reads would hang.
     """
@@ -1967,8 +1707,7 @@ def open_log(path: str, access: int = os.O_WRONLY) -> tuple[int, bool]:
         os.makedirs(os.path.dirname(path), exist_ok=True)
     flags = os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     fd = os.open(path, access | flags, 0o666)
-    kind = os.fstat(fd).st_mode & 0o170000
-    return fd, kind == 0o100000
+    return fd, stat.S_ISREG(os.fstat(fd).st_mode)
 
 
 class TerminalSink(Sink):
@@ -1981,67 +1720,54 @@ class TerminalSink(Sink):
     def __init__(self, fd: int) -> None:
         super().__init__(f"descriptor {fd}")
         self.fd = fd
-        self.held = bytearray()
         self.capacity = 0  # of a pipe
         self.is_file = False
         with contextlib.suppress(OSError, AttributeError):
-            self.is_file = os.fstat(fd).st_mode & 0o170000 == 0o100000
+            self.is_file = stat.S_ISREG(os.fstat(fd).st_mode)
             self.capacity = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)  # Linux; pipes only
         self.poll = select.poll()
         self.poll.register(fd, select.POLLOUT)
 
     def write(self, data: bytes | memoryview) -> int:
-        if not self.held:
-            try:
+        """Write what is held, then `data`, as far as it goes; hold the rest."""
+        try:
+            if self.held:
+                del self.held[: self.send(self.held)]
+            if not self.held:
                 data = data[self.send(data) :]
-            except OSError as error:
-                return self.failed(error, len(data))
-        elif len(self.held) > HELD:
-            return len(data)  # a message; sources are not read while something is held
+        except OSError as error:
+            lost = len(self.held) + len(data)
+            self.held.clear()
+            return self.failed(error, lost)
+        if (
+            len(self.held) > HELD
+        ):  # of messages; nothing is read while something is held
+            return len(data)
         self.held += data
         return 0
-
-    def flush(self) -> None:
-        """Write what is held, as far as it goes."""
-        try:
-            del self.held[: self.send(self.held)]
-        except OSError as error:
-            self.failed(error, len(self.held))
-            self.held.clear()
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
         """Write without ever blocking; return how many bytes."""
         done = 0
-        with memoryview(data) as view:
-            while done < len(view):
-                room = self.room()
-                if room == 0:
-                    break
-                try:
-                    done += os.write(self.fd, view[done : done + room])
-                except BlockingIOError:
-                    break
+        with memoryview(data) as view, contextlib.suppress(BlockingIOError):
+            while done < len(view) and (room := self.room()):
+                done += os.write(self.fd, view[done : done + room])
         return done
 
     def room(self) -> int:
         """Return how many bytes a write takes for sure.
 
-        All that it holds for a pipe that is empty (FIONREAD); PIPE_BUF for anything that
-        poll(2) calls writable.
+        All that it holds for a pipe that is empty (FIONREAD); PIPE_BUF for anything
+        that poll(2) calls writable.
         """
         if self.is_file:
             return BUFFER
         if self.capacity:
             import termios
 
-            unread = fcntl.ioctl(self.fd, termios.FIONREAD, b"\0" * 4)
-            if not any(unread):
+            if not any(fcntl.ioctl(self.fd, termios.FIONREAD, bytes(4))):
                 return self.capacity
-        events = self.poll.poll(0)
-        return select.PIPE_BUF if events else 0
-
-    def waits(self) -> bool:
-        return bool(self.held)
+        return select.PIPE_BUF if self.poll.poll(0) else 0
 
 
 class Source:
@@ -2057,12 +1783,8 @@ class Source:
         format_lines: Format | None,
         whole_lines: bool,
     ) -> None:
-        self.fd = fd
-        self.sink = sink
-        self.output = output
-        self.recent = recent
-        self.stream = stream
-        self.format_lines = format_lines
+        self.fd, self.sink, self.output, self.recent = fd, sink, output, recent
+        self.stream, self.format_lines = stream, format_lines
         self.whole_lines = whole_lines  # others write to the same place
         self.partial = b""
         self.capacity = PIPE
@@ -2073,28 +1795,22 @@ class Source:
             count = os.readv(self.fd, [buffer])
         except BlockingIOError:
             return 0
-        if count >= self.capacity and self.capacity < BUFFER:
+        if self.capacity <= count < BUFFER:
             self.capacity = BUFFER
-            with contextlib.suppress(
-                OSError, AttributeError
-            ):  # the user's share is used up
+            # The user's share of pipe memory may be used up; and this is Linux only.
+            with contextlib.suppress(OSError, AttributeError):
                 fcntl.fcntl(self.fd, fcntl.F_SETPIPE_SZ, BUFFER)
-        if count == 0:
-            self.finish()
-            return -1
         with memoryview(buffer) as view:
             self.take(view[:count])
-        return count
+        return count or -1
 
     def take(self, data: memoryview) -> None:
         if self.format_lines is None and not self.whole_lines:
             self.emit(data)
             return
-        lines, self.partial = cut_lines(
-            self.partial + bytes(data), b"\n" if self.format_lines else b""
-        )
-        if lines:
-            self.emit(lines)
+        mark = b"\n" if self.format_lines else b""
+        lines, self.partial = cut_lines(self.partial + bytes(data), mark)
+        self.emit(lines)
 
     def finish(self) -> None:
         """Keep a last line that has no end."""
@@ -2103,6 +1819,8 @@ class Source:
         self.partial = b""
 
     def emit(self, lines: bytes | memoryview) -> None:
+        if not lines:
+            return
         if self.recent is not None:
             self.recent.append((self.stream, bytes(lines)), len(lines))
         if self.format_lines:
@@ -2115,153 +1833,142 @@ class LogThread:
 
     def __init__(self, as_json: bool = False) -> None:
         self.as_json = as_json
-        self.jobs: deque[Callable[[], None]] = deque()
+        self.jobs: deque[Callable[[], object]] = deque()
         self.wake_read, self.wake_write = os.pipe()
         os.set_blocking(self.wake_read, False)
         os.set_blocking(self.wake_write, False)
         self.selector = selectors.DefaultSelector()
-        self.selector.register(self.wake_read, selectors.EVENT_READ, None)
+        self.selector.register(self.wake_read, selectors.EVENT_READ, self.wake_up)
         self.buffer = bytearray(BUFFER)
-        self.sinks: dict[int | str, Sink] = {}
-        self.paused: dict[Sink, list[Source]] = {}
+        self.sinks: dict[int | str, Sink] = {2: TerminalSink(2)}
+        self.paused: set[Sink] = set()  # that hold something: nothing is read for them
         self.sources: set[Source] = set()
-        self.closing: float | None = None
+        self.closing = float("inf")
         self.thread = threading.Thread(target=self.run, name="log", daemon=True)
         self.thread.start()
 
-    def post(self, job: Callable[[], None]) -> None:
+    def post(self, job: Callable[[], object]) -> None:
         """Have the thread do something, in the order of the calls."""
         self.jobs.append(job)
-        with contextlib.suppress(BlockingIOError):  # full: it is about to wake anyway
+        with contextlib.suppress(OSError):  # full: it wakes anyway; closed: too late
             os.write(self.wake_write, b"\0")
 
     def say(self, name: str, text: str, level: str = "info") -> None:
         """Write one of the supervisor's own messages to standard error."""
         line = message_line(time.time(), name, text, level, self.as_json)
-        self.post(lambda: self.tell(line))
-
-    def tell(self, line: bytes) -> None:
-        self.sink(2).write(line)
-        self.look_after(self.sink(2))
-
-    def add(self, source: Source) -> None:
-        """Read a pipe from now on. In this thread."""
-        self.sources.add(source)
-        if source.sink in self.paused:
-            self.paused[source.sink].append(source)
-        else:
-            self.selector.register(source.fd, selectors.EVENT_READ, source)
-
-    def sink(self, target: int | str, maxbytes: int = 0, backups: int = 0) -> Sink:
-        """Return the sink of a target, with these limits from now on."""
-        sink = self.sinks.get(target)
-        if isinstance(target, int):
-            sink = sink or TerminalSink(target)
-        elif isinstance(sink, FileSink):
-            sink.maxbytes, sink.backups = maxbytes, backups
-        else:
-            sink = FileSink(target, maxbytes, backups)
-        self.sinks[target] = sink
-        return sink
+        self.post(functools.partial(self.write, self.sinks[2], line))
 
     def reopen(self) -> None:
         """Have every log file reopened, as after a rotation by somebody else."""
-
-        def reopen_all() -> None:
-            for sink in self.sinks.values():
-                sink.reopen()
-
-        self.post(reopen_all)
+        for sink in list(self.sinks.values()):
+            self.post(sink.reopen)
 
     def close(self) -> None:
         """Write what there still is, for a second at most, and end the thread."""
         self.post(self.begin_closing)
         self.thread.join(2 * FAREWELL)
 
+    # In this thread
+
+    def write(self, sink: Sink, data: bytes = b"") -> int:
+        sink.write(data)
+        self.look_after(sink)
+        return 0
+
     def begin_closing(self) -> None:
         self.closing = time.monotonic() + FAREWELL
 
+    def add(self, source: Source) -> None:
+        """Read a pipe from now on."""
+        self.sources.add(source)
+        if source.sink not in self.paused:
+            job = functools.partial(self.move, source)
+            self.selector.register(source.fd, selectors.EVENT_READ, job)
+
+    def sink(self, target: int | str, maxbytes: int = 0, backups: int = 0) -> Sink:
+        """Return the sink of a target, with these limits from now on."""
+        sink = self.sinks.get(target)
+        if sink is None:
+            sink = TerminalSink(target) if isinstance(target, int) else FileSink(target)
+            self.sinks[target] = sink
+        sink.maxbytes, sink.backups = maxbytes, backups
+        return sink
+
     def run(self) -> None:
-        if hasattr(signal, "pthread_sigmask"):
-            # All signals are the main thread's; and a terminal with `tostop` stops a
-            # background writer unless SIGTTOU is blocked (tty_ioctl(4)).
-            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        while self.closing is None:
-            moved = self.turn(None)
-            if 0 < moved < LITTLE:
+        # All signals are the main thread's; and a terminal with `tostop` stops a
+        # background writer unless SIGTTOU is blocked (tty_ioctl(4)).
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        while self.closing == float("inf"):
+            if 0 < self.turn(None) < LITTLE:
                 time.sleep(NAP)
-        while time.monotonic() < self.closing and self.turn(0):
-            pass
-        for source in list(self.sources):
-            source.finish()
-        while time.monotonic() < self.closing and self.turn(NAP) >= 0:
-            if not any(sink.waits() for sink in self.sinks.values()):
-                break
+        self.drain()
         for source in list(self.sources):
             self.drop(source)
+        self.drain()
         for sink in self.sinks.values():
             sink.reopen()
         self.selector.close()
         os.close(self.wake_read)
         os.close(self.wake_write)
 
+    def drain(self) -> None:
+        """Move what there is, until nothing is left or held, or time is over."""
+        while time.monotonic() < self.closing:
+            if not self.turn(NAP if self.paused else 0) and not self.paused:
+                return
+
     def turn(self, timeout: float | None) -> int:
         """Do what is to be done now; return the bytes that were read."""
-        moved = 0
-        for key, _ in self.selector.select(timeout):
-            if key.data is None:
-                with contextlib.suppress(BlockingIOError):
-                    os.read(self.wake_read, 4096)
-            elif isinstance(key.data, TerminalSink):
-                key.data.flush()
-                self.look_after(key.data)
-            elif key.data.fd >= 0 and not key.data.sink.waits():
-                moved += self.move(key.data)
+        moved: int = sum(key.data() for key, _ in self.selector.select(timeout))
         while self.jobs:
             self.jobs.popleft()()
         return moved
 
+    def wake_up(self) -> int:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.wake_read, 4096)
+        return 0
+
     def move(self, source: Source) -> int:
-        count = source.read(self.buffer)
+        """Read a pipe once, unless its sink has just begun to hold something."""
+        count = 0 if source.sink.held else source.read(self.buffer)
         if count < 0:
             self.drop(source)
         self.look_after(source.sink)
         return max(count, 0)
 
     def drop(self, source: Source) -> None:
-        """Forget a pipe that has ended."""
+        """Forget a pipe that has ended, but not a last line without end."""
+        source.finish()
         self.sources.discard(source)
-        with contextlib.suppress(KeyError):  # it is paused
+        if source.sink not in self.paused:
             self.selector.unregister(source.fd)
         os.close(source.fd)
-        source.fd = -1
+        self.look_after(source.sink)
 
     def look_after(self, sink: Sink) -> None:
-        """Say that a sink fails; stop reading for one that nobody reads, and go on again."""
-        if sink.error:
-            error, sink.error = sink.error, ""
-            now = time.monotonic()
-            if now >= sink.complained + SAY_AGAIN:
-                sink.complained = now
-                self.say(
-                    "", f"cannot write to {sink.name}: {error}; dropping", "warning"
-                )
-        if not isinstance(sink, TerminalSink) or sink.waits() == (sink in self.paused):
+        """Say that a sink fails; read no more for one that holds bytes, or again."""
+        now = time.monotonic() if sink.error else 0.0
+        if sink.error and now >= sink.complained + SAY_AGAIN:
+            sink.complained = now
+            text = f"cannot write to {sink.name}: {sink.error}; dropping"
+            self.say("", text, "warning")
+        sink.error = ""
+        holds = bool(sink.held)
+        if not isinstance(sink, TerminalSink) or holds == (sink in self.paused):
             return
-        if sink.waits():
-            try:
-                self.selector.register(sink.fd, selectors.EVENT_WRITE, sink)
-            except (OSError, ValueError):
-                return
-            mine = [source for source in self.sources if source.sink is sink]
-            self.paused[sink] = mine
+        mine = [source for source in self.sources if source.sink is sink]
+        if holds:
+            job = functools.partial(self.write, sink)
+            self.selector.register(sink.fd, selectors.EVENT_WRITE, job)
+            self.paused.add(sink)
             for source in mine:
                 self.selector.unregister(source.fd)
         else:
             self.selector.unregister(sink.fd)
-            for source in self.paused.pop(sink):
-                if source.fd >= 0:
-                    self.selector.register(source.fd, selectors.EVENT_READ, source)
+            self.paused.discard(sink)
+            for source in mine:
+                self.add(source)
 
 
 # === 6. Processes =====================================================================
@@ -2277,49 +1984,45 @@ RUN_VARIABLE = "SUPERVISOR_RUN"  # HASH.PID.START of the supervisor, for leftove
 OWN_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")  # ours, of systemd
 DEFAULT_STOP = 8.0  # seconds for a leftover of a program that is no longer known
 MOST_FILES = 65536  # where the hard limit of open files is infinite
-ENV_LINE = re.compile(
-    r"""[ \t]*(?:export[ \t]+)?([A-Za-z_][\w.-]*)[ \t]*=[ \t]*
-        (?:"((?:[^"\\]|\\.)*)"|'([^']*)'|((?:[^\s#]|(?<!\s)\#|[ \t]+(?!\#|\s*$))*))
+ENV_ENTRY = re.compile(  # a line, or more where quotes span them; all of it optional
+    r"""[ \t]*(?:(?:export[ \t]+)?([A-Za-z_][\w.-]*)[ \t]*=[ \t]*
+        (?:"((?:[^"\\]|\\[\s\S])*)"|'([^']*)'
+        |((?!["'])(?:[^ \t\n#]|(?<![ \t])\#|[ \t]+(?![ \t]|\#|$))*)))?
         [ \t]*(?:\#.*)?$""",
-    re.VERBOSE | re.DOTALL,
+    re.VERBOSE | re.MULTILINE,
 )
 # Limits and niceness have no Popen argument, and need root's rights where the program
 # gives them up; preexec_fn is unsafe with threads. So a small interpreter stands in
 # between for the programs that set them. It reports on a pipe that exec closes.
 TRAMPOLINE = """
-import os, resource, signal, sys
-def fail(code, text):
-    os.write({fd}, f"{{code}} {{text}}".encode())
-    os._exit(code)
+import os, resource, signal, sys, warnings  # all before the user is switched
+fd, limits, nice, switch, coerced = eval(sys.argv[1])
+argv, code = sys.argv[2:], 126
 try:
-    for name, limit in {limits!r}.items():
+    for name, limit in limits.items():
+        doing = "set the limit " + name
         limit = resource.RLIM_INFINITY if limit < 0 else limit
         resource.setrlimit(getattr(resource, "RLIMIT_" + name.upper()), (limit, limit))
-except (OSError, ValueError) as error:
-    fail(126, f"cannot set the limit {{name}}: {{error}}")
-try:
-    if {nice!r} is not None:
-        os.setpriority(os.PRIO_PROCESS, 0, {nice!r})
-except OSError as error:
-    fail(126, f"cannot set nice {nice!r}: {{error.strerror}}")
-try:
-    if {switch!r}:
-        uid, gid, groups = {switch!r}
-        os.setgroups(groups)
-        os.setgid(gid)
-        os.setuid(uid)
-except OSError as error:
-    fail(126, f"cannot switch to user {{uid}}: {{error.strerror}}")
-try:
+    if nice is not None:
+        doing = "set nice %d" % nice
+        os.setpriority(os.PRIO_PROCESS, 0, nice)
+    if switch:
+        doing = "switch to user %d" % switch[0]
+        os.setgroups(switch[2])
+        os.setgid(switch[1])
+        os.setuid(switch[0])
+    doing = "execute %r" % argv[0]
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    if {coerced!r}:
+    if coerced:
         os.environ.pop("LC_CTYPE", None)
-    os.execvp({argv!r}[0], {argv!r})
+    os.execvp(argv[0], argv)
 except FileNotFoundError:
-    fail(127, "no such command: " + repr({argv!r}[0]))
-except OSError as error:
-    fail(126, "cannot execute " + repr({argv!r}[0]) + ": " + error.strerror)
+    code, reason = 127, "no such command: %r" % argv[0]
+except (OSError, ValueError) as error:
+    reason = "cannot %s: %s" % (doing, getattr(error, "strerror", None) or error)
+os.write(fd, ("%d %s" % (code, reason)).encode(errors="replace"))
+os._exit(code)
 """
 
 
@@ -2328,21 +2031,14 @@ class SpawnError(Exception):
 
     def __init__(self, reason: str, code: int = 126) -> None:
         super().__init__(reason)
-        self.reason = reason
-        self.code = code
+        self.reason, self.code = reason, code
 
 
-class Account(NamedTuple):
-    """Who a program runs as."""
-
+class Account(NamedTuple):  # who a program runs as
     uid: int
     gid: int
     groups: list[int]
     variables: dict[str, str]
-
-    @property
-    def is_ours(self) -> bool:
-        return self.uid == os.geteuid() and self.gid == os.getegid()
 
 
 def find_account(program: Program) -> Account | None:
@@ -2356,64 +2052,48 @@ def find_account(program: Program) -> Account | None:
     import pwd
 
     uid, gid, groups, variables = os.geteuid(), os.getegid(), os.getgroups(), {}
-    try:
+    user, group = str(program.user), str(program.group_name)
+    entry = None
+    with contextlib.suppress(KeyError):
         if program.user is not None:
-            named = isinstance(program.user, str) and not program.user.isdecimal()
-            entry = pwd.getpwnam(str(program.user)) if named else None
-            with contextlib.suppress(KeyError):
-                entry = entry or pwd.getpwuid(int(program.user))
-            if entry:
-                uid, gid = entry.pw_uid, entry.pw_gid
-                groups = os.getgrouplist(entry.pw_name, gid)
-                names = {"USER": entry.pw_name, "LOGNAME": entry.pw_name}
-                shell = entry.pw_shell or "/bin/sh"
-                variables = {**names, "HOME": entry.pw_dir, "SHELL": shell}
-            else:  # a number without an entry, as images without users have
-                uid = gid = int(program.user)
-                groups, variables = [gid], {"HOME": "/"}
-    except KeyError:
-        raise SpawnError(f"no such user: {program.user!r}") from None
+            entry = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
+    if entry:
+        uid, gid, home = entry.pw_uid, entry.pw_gid, entry.pw_dir
+        groups = os.getgrouplist(entry.pw_name, gid)
+        variables = {"USER": entry.pw_name, "LOGNAME": entry.pw_name, "HOME": home}
+        variables["SHELL"] = entry.pw_shell or "/bin/sh"
+    elif user.isdecimal():  # a number without an entry, as images without users have
+        uid = gid = int(user)
+        groups, variables = [], {"HOME": "/"}
+    elif program.user is not None:
+        raise SpawnError(f"no such user: {user!r}")
     if program.group_name is not None:
-        name = str(program.group_name)
         try:
-            gid = int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
+            gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
         except KeyError:
-            raise SpawnError(f"no such group: {name!r}") from None
+            raise SpawnError(f"no such group: {group!r}") from None
         groups = [gid, *(one for one in groups if one != gid)]
     return Account(uid, gid, groups, variables)
 
 
 def parse_env_file(text: str, path: str) -> dict[str, str]:
-    """Return the variables of `KEY=VALUE` lines, quoted as in Compose, nothing expanded.
+    """Return the variables of `KEY=VALUE` lines, quoted as in Compose.
 
-    Raises SpawnError with file and line.
+    Nothing is expanded. Raises SpawnError with file and line.
     """
-    variables, lines, at = {}, text.split("\n"), 0
-    while at < len(lines):
-        line, number = lines[at], at + 1
-        at += 1
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        match = ENV_LINE.match(line)
-        while not match and at < len(lines) and opens_quote(line):
-            line += "\n" + lines[at]  # a quoted value may go on over line ends
-            at += 1
-            match = ENV_LINE.match(line)
+    variables, at, escapes = {}, 0, {"n": "\n", "t": "\t", "r": "\r"}
+    while at < len(text):
+        match = ENV_ENTRY.match(text, at)
         if not match:
+            number = text.count("\n", 0, at) + 1
             raise SpawnError(f"{path}:{number}: expected KEY=VALUE")
+        at = match.end() + 1
         name, double, single, bare = match.groups()
         if double is not None:
-            escapes = {"n": "\n", "t": "\t", "r": "\r"}
-            bare = re.sub(
-                r"\\(.)", lambda m: escapes.get(m[1], m[1]), double, flags=re.S
-            )
-        variables[name] = bare if single is None else single
+            double = re.sub(r"\\([\s\S])", lambda m: escapes.get(m[1], m[1]), double)
+        if name:
+            variables[name] = double or single or bare or ""
     return variables
-
-
-def opens_quote(line: str) -> bool:
-    value = line.partition("=")[2].lstrip()
-    return value[:1] in ('"', "'")
 
 
 def read_env_files(program: Program) -> str:
@@ -2436,27 +2116,23 @@ def program_environ(
     files: str,
     extra: Mapping[str, str],
 ) -> dict[str, str]:
-    """Return the environment of a program; `files` is what `read_env_files` returned."""
-    chosen = program.inherit_env
-    if chosen is True:
-        environ = dict(base)
-    else:
-        environ = {"PATH": os.defpath}
-        environ |= {name: base[name] for name in chosen or () if name in base}
+    """Return the environment of a program; `files` is what `read_env_files` gave."""
+    chosen, environ = program.inherit_env, dict(base)
+    if chosen is not True:
+        inherited = {name: base[name] for name in chosen or () if name in base}
+        environ = {"PATH": os.defpath, **inherited}
     for name in (*OWN_VARIABLES, "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         environ.pop(name, None)
-    if account:
-        environ |= account.variables
+    environ |= account.variables if account else {}
     for path, text in zip(program.env_file, files.split("\0")):
         environ |= parse_env_file(text, path)
-    environ |= program.environment
-    return environ | {
+    own = {
         "SUPERVISOR_ENABLED": "1",
         "SUPERVISOR_PROCESS_NAME": program.name,
         "SUPERVISOR_GROUP_NAME": program.group,
         "PROCESS_NUM": str(program.number),
-        **extra,
     }
+    return {**environ, **program.environment, **own, **extra}
 
 
 class FileLimit:
@@ -2486,21 +2162,17 @@ class FileLimit:
 
     def out_of_the_way(self, fd: int) -> int:
         """Return a duplicate of `fd` above the original limit, or `fd` itself."""
-        if not self.raised:
-            return fd
-        try:
-            high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, self.soft)
-        except OSError:
-            return fd
-        os.close(fd)
-        return high
+        if self.raised:
+            with contextlib.suppress(OSError):
+                high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, self.soft)
+                os.close(fd)
+                return high
+        return fd
 
 
 class Child(NamedTuple):
-    """A process that was started; `report` is the trampoline's pipe."""
-
     pid: int
-    report: int | None
+    report: int | None  # the trampoline's pipe
 
 
 def spawn(
@@ -2515,41 +2187,41 @@ def spawn(
 
     None leaves it ours. Raises SpawnError with the reason. Main thread.
     """
-    switch = account if account and not (account.is_ours and os.geteuid()) else None
-    if switch and os.geteuid() != 0:
-        who = program.user if program.user is not None else program.group_name
-        raise SpawnError(f"cannot switch to {who!r}: not root")
-    report: tuple[int, int] | None = None
-    arguments: dict[str, Any] = {}
+    command, report = argv, tuple[int, ...]()
+    if account and os.geteuid() != 0:
+        if (account.uid, account.gid) != (os.geteuid(), os.getegid()):
+            who = program.user if program.user is not None else program.group_name
+            raise SpawnError(f"cannot switch to {who!r}: not root")
+        account = None
     if program.rlimits or program.nice is not None:
-        report = os.pipe()
-        argv = trampoline(program, argv, environ, switch, report[1])
-        arguments = {"pass_fds": [report[1]], "close_fds": True}
-    elif switch:
-        arguments = {
-            "user": switch.uid,
-            "group": switch.gid,
-            "extra_groups": switch.groups,
-        }
+        report, coerced = os.pipe(), "LC_CTYPE" not in environ
+        limits, switch = dict(program.rlimits), account and account[:3]
+        orders = repr((report[1], limits, program.nice, switch, coerced))
+        command = (sys.executable, "-I", "-S", "-c", TRAMPOLINE, orders, *argv)
+        account = None
     limit.set(limit.soft)
     try:
         popen = subprocess.Popen(
-            argv,
+            command,
             stdin=files[0],
             stdout=files[1],
             stderr=files[2],
             env=environ,
             cwd=program.directory,
             umask=-1 if program.umask is None else program.umask,
+            user=account and account.uid,
+            group=account and account.gid,
+            extra_groups=account and account.groups,
             start_new_session=True,
             # All our descriptors are close-on-exec; to close them one by one costs more
             # the more programs there are.
-            **{"close_fds": False, **arguments},
+            close_fds=bool(report),
+            pass_fds=report[1:],
         )
     except OSError as error:
         if report:
             os.close(report[0])
-        raise spawn_error(program, argv, error) from None
+        raise spawn_error(program, command, error) from None
     finally:
         limit.set(limit.most)
         if report:
@@ -2558,66 +2230,47 @@ def spawn(
     return Child(popen.pid, report[0] if report else None)
 
 
-def trampoline(
-    program: Program,
-    argv: tuple[str, ...],
-    environ: Mapping[str, str],
-    switch: Account | None,
-    fd: int,
-) -> tuple[str, ...]:
-    code = TRAMPOLINE.format(
-        fd=fd,
-        limits=dict(program.rlimits),
-        nice=program.nice,
-        switch=switch and switch[:3],
-        coerced="LC_CTYPE" not in environ,
-        argv=argv,
-    )
-    return (sys.executable, "-I", "-S", "-c", code)
-
-
 def spawn_error(program: Program, argv: tuple[str, ...], error: OSError) -> SpawnError:
     """Return what is wrong, told apart as exec(2) and chdir(2) fail alike."""
-    if program.directory and not os.path.isdir(program.directory):
-        return SpawnError(f"no such directory: {program.directory!r}")
-    if program.directory and error.filename == program.directory:
-        return SpawnError(f"cannot enter {program.directory!r}: {error.strerror}")
+    folder = program.directory
+    if folder and not os.path.isdir(folder):
+        return SpawnError(f"no such directory: {folder!r}")
+    if folder and error.filename == folder:
+        return SpawnError(f"cannot enter {folder!r}: {error.strerror}")
     if isinstance(error, FileNotFoundError):
         return SpawnError(f"no such command: {argv[0]!r}", 127)
+    if error.errno == errno.EPERM and (program.user, program.group_name) != (
+        None,
+        None,
+    ):
+        who = program.user if program.user is not None else program.group_name
+        return SpawnError(f"cannot switch to {who!r}: {error.strerror}")
     return SpawnError(f"cannot execute {argv[0]!r}: {error.strerror}")
 
 
-def start_time(pid: int) -> str:
-    """Return when a process started, in ticks since boot; "" if it is gone or unknown."""
+def proc_file(pid: int, name: str) -> bytes:
+    """Return a file of /proc/PID; nothing if it is gone or we may not."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
+        with open(f"/proc/{pid}/{name}", "rb") as file:
+            return file.read()
     except OSError:
-        return ""
-    return "" if fields[0] in (b"Z", b"X") else fields[19].decode()
+        return b""
+
+
+def start_time(pid: int) -> str:
+    """Return when a process started, in ticks since boot; "" if it is gone."""
+    fields = proc_file(pid, "stat").rpartition(b")")[2].split()
+    return "" if not fields or fields[0] in (b"Z", b"X") else fields[19].decode()
 
 
 def path_hash(path: str) -> str:
     """Return the first 16 hex digits of the SHA-256 of a path."""
-    try:
-        # hashlib loads OpenSSL: 3.6 MB, for one hash.
-        from _sha2 import sha256  # type: ignore[import-not-found]  # private; 3.12
-    except ImportError:
-        try:
-            from _sha256 import sha256  # type: ignore[import-not-found]  # 3.11
-        except ImportError:
-            from hashlib import sha256
+    # hashlib, the public way, loads OpenSSL: 3.6 MB, for one hash. 3.12 has _sha2.
+    for module in ("_sha2", "_sha256", "hashlib"):
+        with contextlib.suppress(ImportError):
+            sha256 = __import__(module).sha256
+            break
     return str(sha256(os.fsencode(path)).hexdigest()[:16])
-
-
-def variables_of(pid: int) -> dict[str, str]:
-    """Return the environment that a process was started with; nothing if we may not."""
-    try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            entries = file.read().split(b"\0")
-    except OSError:
-        return {}
-    return dict(os.fsdecode(entry).partition("=")[::2] for entry in entries)
 
 
 def find_leftovers(digest: str) -> dict[int, str]:
@@ -2626,44 +2279,36 @@ def find_leftovers(digest: str) -> dict[int, str]:
     Never ourselves or our ancestors, whose shell may stem from such a program; never
     another PID namespace's, where numbers mean something else (Linux).
     """
-    table = process_table()
-    spared, pid = set(), os.getpid()
+    table, pid = process_table(), os.getpid()
+    spared, found = set(), {}
     while pid in table:
         spared.add(pid)
         pid = int(table[pid][1])
-    found = {}
     for pid in table.keys() - spared:
-        variables = variables_of(pid)
+        entries = os.fsdecode(proc_file(pid, "environ")).split("\0")
+        variables = dict(entry.partition("=")[::2] for entry in entries)
         run, _, started = variables.get(RUN_VARIABLE, "").rpartition(".")
         owner, _, supervisor = run.rpartition(".")
         if owner != digest or not supervisor.isdecimal():
             continue
-        if start_time(int(supervisor)) != started and namespace(pid) == namespace(
-            "self"
-        ):
-            found[pid] = variables.get("SUPERVISOR_PROCESS_NAME", "")
+        over = start_time(int(supervisor)) != started
+        with contextlib.suppress(OSError):  # it is gone, or not for us to look at
+            if over and os.path.samefile(f"/proc/{pid}/ns/pid", "/proc/self/ns/pid"):
+                found[pid] = variables.get("SUPERVISOR_PROCESS_NAME", "")
     return found
-
-
-def namespace(pid: int | str) -> str:
-    try:
-        return os.readlink(f"/proc/{pid}/ns/pid")
-    except OSError:
-        return ""
 
 
 # === 7. Health ========================================================================
 #
-# A check never delays the loop: a command is a child like any other, http and tcp run in
-# a thread that ends by itself. Whoever is too slow is given up at `timeout`.
+# A check never delays the loop: a command is a child like any other, http and tcp run
+# in a thread that ends by itself. Whoever is too slow is given up at `timeout`.
 #
 # A notify program speaks through a datagram socket (sd_notify(3)), one for all, in the
 # abstract namespace: no folder needs to be writable. The kernel says who sent a message
 # (SCM_CREDENTIALS, unix(7)).
 
 FIRST_INTERVAL = 1.0  # seconds between checks until one has passed
-SO_PASSCRED = 16  # socket(7)
-SCM_CREDENTIALS = 2
+SO_PASSCRED, SCM_CREDENTIALS = 16, 2  # unix(7)
 
 
 def probe(check: Health) -> str:
@@ -2721,18 +2366,16 @@ class NotifySocket:
     """The socket that notify programs speak to (Linux)."""
 
     def __init__(self) -> None:
-        self.socket = socket.socket(
-            socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
-        )
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.setblocking(False)
         self.socket.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
         self.socket.bind(
             ""
         )  # the kernel finds a free abstract name (unix(7), autobind)
-        self.address = "@" + self.socket.getsockname().decode().lstrip("\0")
+        self.address = "@" + str(self.socket.getsockname().decode()).lstrip("\0")
 
     def receive(self) -> tuple[int, list[str]] | None:
-        """Return the sender's pid and the lines of one message; None if there is none."""
+        """Return the sender's pid and the lines of one message; None without one."""
         space = socket.CMSG_SPACE(12) + socket.CMSG_SPACE(4 * 253)
         try:
             data, ancillary, _, _ = self.socket.recvmsg(65536, space)
@@ -2740,36 +2383,35 @@ class NotifySocket:
             return None
         pid = 0
         for _, kind, content in ancillary:
+            numbers = memoryview(content[: len(content) // 4 * 4]).cast("i")
             if kind == SCM_CREDENTIALS:
-                pid = int.from_bytes(content[:4], sys.byteorder)
+                pid = numbers[0]
             elif kind == socket.SCM_RIGHTS:  # with BARRIER=1, which waits for the close
-                for at in range(0, len(content) // 4 * 4, 4):
-                    os.close(int.from_bytes(content[at : at + 4], sys.byteorder))
+                for fd in numbers:
+                    os.close(fd)
         return pid, data.decode(errors="replace").split("\n")
 
 
 def tell_manager(message: str) -> None:
     """Tell who runs us, where it listens (systemd's Type=notify)."""
     path = os.environ.get("NOTIFY_SOCKET", "")
-    if path:
-        with contextlib.suppress(OSError), socket.socket(
-            socket.AF_UNIX, socket.SOCK_DGRAM
-        ) as speaker:
-            speaker.setblocking(False)
-            speaker.connect("\0" + path[1:] if path[0] == "@" else path)
-            speaker.send(message.encode())
+    if not path:
+        return
+    speaker = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with contextlib.suppress(OSError), speaker:
+        speaker.setblocking(False)
+        speaker.connect("\0" + path[1:] if path[0] == "@" else path)
+        speaker.send(message.encode())
 
 
 # === 8. HTTP ==========================================================================
 #
 # A request is answered in a thread of its own by a function of a fixed table. It reads
-# published snapshots; whatever changes something is done by the main thread, on request.
-#
-# Sockets are bound at start; http.server is imported with the first connection, since it
-# costs 15 ms and 8 MB.
+# published snapshots; what changes something is done by the main thread, on request.
+# Sockets are bound at start; http.server is imported with the first connection, since
+# it costs 15 ms and 8 MB. (ThreadingHTTPServer would bind and poll by itself.)
 
 REQUEST_TIME = 5.0  # seconds for a client to send a request, or to take an answer
-NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 MOST_CONNECTIONS = 64
 MOST_STREAMS = 32  # of those; the others are for probes
 MOST_HEAD = 96 * 1024  # bytes of request line and headers
@@ -2779,67 +2421,64 @@ MOST_EVENTS = 1000  # that a client may be behind
 COMMENT_INTERVAL = 15.0  # seconds between signs of life on /events
 LOOK_INTERVAL = 1.0  # seconds between two looks whether a follower is still there
 FILE_INTERVAL = 0.05  # seconds between two looks at a log file that is followed
-GREETING = "Supervisor Running. Check /status"
+PLAIN = "text/plain; charset=utf-8"
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'; "
-    "form-action 'none'"
+    "connect-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'"
 )
 PAGE = r"""<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>supervisors</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">
 <style>
-:root { --bg: #fbfbfc; --fg: #1c2128; --dim: #626c79; --line: #e0e3e8; --soft: #f1f3f6;
-  --good: #17763d; --busy: #8a5700; --bad: #c02429 }
-@media (prefers-color-scheme: dark) { :root { --bg: #111418; --fg: #dde2e8;
-  --dim: #929dab; --line: #2a3039; --soft: #191e24; --good: #4cc07c; --busy: #dba53c;
-  --bad: #ff7b78 } } * { box-sizing: border-box }
-[hidden], p:empty { display: none !important }
-html:has(#log:not([hidden])) { scroll-padding-bottom: 50vh }
-body { max-width: 1400px; margin: auto; padding: 0 24px; color: var(--fg);
-  background: var(--bg); font: 14px/20px system-ui, sans-serif;
-  font-variant-numeric: tabular-nums }
-header, form, #log div { display: flex; flex-wrap: wrap; gap: 8px; align-items: center }
-header { min-height: 60px; padding: 14px 0; gap: 8px 16px; background: var(--bg) }
-.gone header, #error { position: sticky; top: 0; z-index: 1 } .gone main { opacity: .6 }
-form, #log-close { margin-left: auto } small { margin-left: 8px; font-weight: 400 }
-h1, h2, small { margin-block: 0; font-size: 14px } .number { text-align: right }
-small, label, thead, .off, .detail, [data-label]::before { color: var(--dim) }
-.good { color: var(--good) } .busy { color: var(--busy) } .bad { color: var(--bad) }
-.dot::before { content: ""; display: inline-block; width: .6em; height: .6em;
-  margin-right: .5em; border-radius: 50%; background: currentColor }
-#health { margin: 8px 0 16px; font-size: 20px; line-height: 28px; font-weight: 600 }
-#error { padding: 8px 12px; border-left: 3px solid; background: var(--soft) }
-table { width: 100%; margin-bottom: 32px; border-spacing: 0 }
-th, td { padding: 5px 24px 5px 0; border-bottom: 1px solid var(--line);
-  text-align: left; vertical-align: baseline; white-space: nowrap }
-thead th, .state, [data-label]::before { font-size: 12px; font-weight: 500 }
-tbody th, .detail { min-width: 160px; white-space: normal } .detail { width: 100% }
-p, pre, tbody th, .detail { overflow-wrap: anywhere }
-.verbs { display: none; padding-right: 0 } .may .verbs { display: table-cell }
-button, input { padding: 2px 9px; border: 1px solid var(--line); border-radius: 6px;
-  background: none; color: inherit; font: 13px/18px system-ui, sans-serif }
-button:disabled { opacity: .4 } :focus-visible { outline: 2px solid #4a86e8 }
-#log { position: sticky; bottom: 0; padding: 10px 0 16px; background: var(--bg);
-  border-top: 1px solid var(--line) }
-pre { height: 36vh; margin: 10px 0 0; padding: 10px 12px; overflow: auto;
-  background: var(--soft); font: 12px/18px monospace; white-space: pre-wrap }
-@media (max-width: 1000px) { body { padding: 0 16px } form { width: 100% }
-  button, input { padding-block: 6px } input, .verbs button { flex: 1 }
-  thead { display: none } table { display: block } tbody { display: grid; gap: 0 32px;
-    grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)) }
-  tr { display: grid; grid-template-columns: 3fr 4fr 3fr 3fr; gap: 8px 12px;
-    align-content: start; padding: 14px 0; border-top: 1px solid var(--line) }
-  tr > * { padding: 0; border: 0 } tr > .number { text-align: left }
-  tr > th { grid-column: span 3 } tr > td:nth-child(n+7) { grid-column: 1 / -1 }
-  td[data-label]::before { content: attr(data-label); display: block }
-  .detail:empty { display: none } .may .verbs { display: flex; gap: 8px } }
+:root{--bg:#fbfbfc; --fg:#1c2128; --dim:#626c79; --line:#e0e3e8; --soft:#f1f3f6;
+  --good:#17763d; --busy:#8a5700; --bad:#c02429}
+@media (prefers-color-scheme: dark){:root{--bg:#111418; --fg:#dde2e8; --dim:#929dab;
+  --line:#2a3039; --soft:#191e24; --good:#4cc07c; --busy:#dba53c; --bad:#ff7b78}}
+*{box-sizing:border-box} [hidden], p:empty{display:none !important}
+html:has(#log:not([hidden])){scroll-padding-bottom:50vh} body{max-width:1400px;
+  margin:auto; padding:0 24px; color:var(--fg); background:var(--bg);
+  font:14px/20px system-ui, sans-serif; font-variant-numeric:tabular-nums}
+header, form, #log div{display:flex; flex-wrap:wrap; gap:8px; align-items:center}
+header{min-height:60px; padding:14px 0; gap:8px 16px; background:var(--bg)}
+.gone header, #error{position:sticky; top:0; z-index:1} .gone main{opacity:.6}
+form, #log-close{margin-left:auto} small{margin-left:8px; font-weight:400}
+h1, h2, small{margin-block:0; font-size:14px} .number{text-align:right}
+small, label, thead, .off, .detail, [data-label]::before{color:var(--dim)}
+.good{color:var(--good)} .busy{color:var(--busy)} .bad{color:var(--bad)}
+.dot::before{content:""; display:inline-block; width:.6em; height:.6em;
+  margin-right:.5em; border-radius:50%; background:currentColor}
+#health{margin:8px 0 16px; font-size:20px; line-height:28px; font-weight:600}
+#error{padding:8px 12px; border-left:3px solid; background:var(--soft)}
+table{width:100%; margin-bottom:32px; border-spacing:0}
+th, td{padding:5px 24px 5px 0; border-bottom:1px solid var(--line); text-align:left;
+  vertical-align:baseline; white-space:nowrap}
+thead th, .state, [data-label]::before{font-size:12px; font-weight:500}
+tbody th, .detail{min-width:160px; white-space:normal} .detail{width:100%}
+p, pre, tbody th, .detail{overflow-wrap:anywhere}
+.verbs{display:none; padding-right:0} .may .verbs{display:table-cell}
+button, input{padding:2px 9px; border:1px solid var(--line); border-radius:6px;
+  background:none; color:inherit; font:13px/18px system-ui, sans-serif}
+button:disabled{opacity:.4} :focus-visible{outline:2px solid #4a86e8}
+#log{position:sticky; bottom:0; padding:10px 0 16px; background:var(--bg);
+  border-top:1px solid var(--line)}
+pre{height:36vh; margin:10px 0 0; padding:10px 12px; overflow:auto;
+  background:var(--soft); font:12px/18px monospace; white-space:pre-wrap}
+@media (max-width: 1000px){ body{padding:0 16px} form{width:100%} thead{display:none}
+  button, input{padding-block:6px} input, .verbs button{flex:1} table{display:block}
+  tbody{display:grid; gap:0 32px;
+    grid-template-columns:repeat(auto-fill, minmax(min(100%, 340px), 1fr))}
+  tr{display:grid; grid-template-columns:3fr 4fr 3fr 3fr; gap:8px 12px;
+    align-content:start; padding:14px 0; border-top:1px solid var(--line)}
+  tr > *{padding:0; border:0} tr > .number{text-align:left} tr > th{grid-column:span 3}
+  tr > :nth-child(n+7){grid-column:1 / -1} .detail:empty{display:none}
+  td[data-label]::before{content:attr(data-label); display:block}
+  .may .verbs{display:flex; gap:8px} }
 </style>
 <header><h1>supervisors<small id="host"></small></h1>
   <span id="connection" class="dot off" role="status">Connecting</span>
-  <form id="unlock"><label for="token">Token</label>
-    <input id="token" type="password" autocomplete="off"><button>Unlock</button></form></header>
+  <form id="unlock"><label for="token">Token</label><input id="token" type="password"
+    autocomplete="off"><button>Unlock</button></form></header>
 <main hidden><p id="error" class="bad" role="alert"></p>
   <p id="health" role="status"><span></span><small></small></p>
   <table aria-label="Programs"><thead><tr><th>Program<th>State<th class="number">PID
@@ -2858,7 +2497,7 @@ pre { height: 36vh; margin: 10px 0 0; padding: 10px 12px; overflow: auto;
 const $ = selector => document.querySelector(selector), programs = new Map();
 const rows = $('tbody'), pre = $('pre'), error = $('#error'), LOG_LIMIT = 200_000;
 let live = false, goneAt = '', follower = null, opener = null, timer = 0;
-const put = (node, text) => { node.textContent === `${text}` || (node.textContent = text) };
+const put = (node, text) => { if (node.textContent !== text) node.textContent = text };
 const fail = (what, e) => put(error, `${what}: ${e.message}`);
 const clock = seconds => (seconds < 86400 ? '' : `${Math.floor(seconds / 86400)}d `)
   + new Date(seconds * 1000).toISOString().slice(11, 19);
@@ -2870,11 +2509,11 @@ function kind({state, running, ready, healthy, exit_code}) {
 function paint({row: {children: cells}, status: s, at}) {
   const age = (performance.now() - at) / 1000;
   const uptime = s.uptime !== null ? clock(s.uptime + age)
-    : s.restart_in !== null ? `in ${Math.max(0, Math.ceil(s.restart_in - age))} s` : '–';
+    : s.restart_in > 0 ? `in ${Math.max(0, Math.ceil(s.restart_in - age))} s` : '–';
   const health = !s.running || s.state === 'STOPPING' ? '–' : s.healthy ? 'healthy'
     : s.healthy === false ? 'unhealthy' : s.ready ? '–' : 'not ready';
   const why = [s.status_text, s.reason || !s.running && s.description].filter(Boolean);
-  [s.name, s.state, s.pid ?? '–', uptime, s.restarts, health, why.join(' · ')]
+  [s.name, s.state, `${s.pid ?? '–'}`, uptime, `${s.restarts}`, health, why.join(' · ')]
     .forEach((text, i) => put(cells[i], text));
   cells[1].className = `state dot ${kind(s)}`;
   cells[5].className = health === '–' ? 'off' : kind(s);
@@ -2888,15 +2527,14 @@ function paint({row: {children: cells}, status: s, at}) {
 function repaint() {
   timer = 0; programs.forEach(paint);
   const all = [...programs.values()].map(program => program.status);
-  const bad = all.filter(s => kind(s) === 'bad');
-  const busy = all.filter(s => kind(s) === 'busy' && s.state !== 'STOPPING');
-  const [worst, word] = bad.length ? [bad, 'failing'] : [busy, 'starting'];
+  const [bad, busy] = ['bad', 'busy'].map(word => all.filter(s => kind(s) === word));
+  const [worst, word] = bad.length ? [bad, 'failing'] : [busy, 'not ready'];
   const names = worst.slice(0, 6).map(s => s.name).join(', ');
   const [summary, count] = $('#health').children;
   put(summary, names ? `${worst.length} ${word}: ${names}` : 'All well');
   put(count, `${all.filter(s => s.running).length} of ${all.length} alive`);
   summary.className = `dot ${bad.length ? 'bad' : names ? 'busy' : 'good'}`;
-  document.title = `${live ? bad.length || '' : 'gone:'} supervisors`;
+  document.title = `${live ? summary.textContent : 'Gone'} · supervisors`;
 }
 function show(status) {
   const {name} = status, row = programs.get(name)?.row
@@ -2914,7 +2552,9 @@ function connect() {
     act(JSON.parse(event.data)); timer ||= setTimeout(repaint, 20);  // once for a burst
   });
   on('state', show);
-  on('removed', ({name}) => { programs.get(name)?.row.remove(); programs.delete(name) });
+  on('removed', ({name}) => {
+    programs.get(name)?.row.remove(); programs.delete(name);
+  });
   on('snapshot', statuses => {
     programs.clear(); rows.replaceChildren(); statuses.forEach(show);
     $('main').hidden = false;
@@ -2931,13 +2571,12 @@ function setControl(allowed) {
   if (!allowed) { delete sessionStorage.token; closeLog() }
 }
 async function call(method, name, rest, signal) {
-  const headers = {Authorization: `Bearer ${sessionStorage.token}`};
-  const url = `programs/${encodeURIComponent(name)}/${rest}`;
-  const answer = await fetch(url, {method, headers, signal}), cause = answer.status;
+  const answer = await fetch(`programs/${encodeURIComponent(name)}/${rest}`,
+    {method, signal, headers: {Authorization: `Bearer ${sessionStorage.token}`}});
   if (answer.ok) return answer;
-  const {error = `HTTP ${cause}`} = await answer.json().catch(() => ({}));
-  if (cause === 401) setControl(false);
-  throw Error(error, {cause});
+  const {error = `HTTP ${answer.status}`} = await answer.json().catch(() => ({}));
+  if (answer.status === 401) setControl(false);
+  throw Error(error, {cause: answer.status});
 }
 async function unlock() {  // asks for what needs the token and changes nothing
   const answer = await call('GET', 'all', 'logs?lines=0').catch(e => e);
@@ -2959,7 +2598,7 @@ async function openLog(name, button) {
     const reader = body.pipeThrough(new TextDecoderStream()).getReader();
     for (let part; !(part = await reader.read()).done;) {
       const atEnd = pre.scrollTop + pre.clientHeight > pre.scrollHeight - 20;
-      pre.append(part.value.replace(/\x1b\[[0-9;?]*[ -/]*[@-~]/g, '').slice(-LOG_LIMIT));
+      pre.append(part.value.replace(/\x1b\[[0-9;?]*[@-~]/g, '').slice(-LOG_LIMIT));
       while (pre.textContent.length > LOG_LIMIT) pre.firstChild.remove();
       if (atEnd) pre.scrollTop = pre.scrollHeight;
     }
@@ -2992,7 +2631,7 @@ class Snapshot(NamedTuple):
     program: Program
     status: Status
     output: Output
-    log_format: str  # of the terminal
+    log_format: str = "prefix"  # of the terminal
     started_at: float | None = None  # Unix time of the last start
     changed_at: float | None = None  # Unix time of the last change of state
 
@@ -3003,28 +2642,27 @@ class Snapshot(NamedTuple):
 
 def status_object(snapshot: Snapshot, now: float) -> dict[str, Any]:
     """Return a program's status as JSON has it; never its arguments or environment."""
-    program, status = snapshot.program, snapshot.status
-    alive = status.is_alive
-    waits = status.state is State.BACKOFF and status.deadline is not None
-    ended_by = status.exit_signal
+    program, status, output, _, started_at, _ = snapshot
+    number, due = status.exit_signal, status.deadline
+    backoff = due is not None and status.state is State.BACKOFF
     return {
         "name": program.name,
         "group": program.group,
-        "running": alive,
+        "running": status.is_alive,
         "state": status.state.value,
         "ready": snapshot.ready,
         "healthy": status.healthy,
         "pid": status.pid,
-        "uptime": round(now - status.started, 3) if alive else None,
-        "started_at": timestamp(snapshot.started_at) if snapshot.started_at else None,
+        "uptime": round(now - status.started, 3) if status.is_alive else None,
+        "started_at": timestamp(started_at) if started_at else None,
         "restarts": status.restarts,
         "failures": status.failures,
         "exit_code": status.exit_code,
-        "exit_signal": None if ended_by is None else signal_name(ended_by),
+        "exit_signal": None if number is None else signal_name(number),
         "reason": status.reason,
         "status_text": status.status_text,
-        "restart_in": round(max(status.deadline - now, 0), 3) if waits else None,  # type: ignore[operator]
-        "log_dropped_bytes": snapshot.output.dropped,
+        "restart_in": round(max((due or now) - now, 0), 3) if backoff else None,
+        "log_dropped_bytes": output.dropped,
         "description": describe(snapshot, now),
     }
 
@@ -3032,36 +2670,33 @@ def status_object(snapshot: Snapshot, now: float) -> dict[str, Any]:
 def describe(snapshot: Snapshot, now: float) -> str:
     """Return the last column of supervisorctl's status."""
     status = snapshot.status
+    words = [status.reason]
     if status.state is State.RUNNING:
-        seconds = int(now - status.started)
-        days, clock = divmod(seconds, 86400)
-        hours, minutes = divmod(clock // 60, 60)
-        spent = f"{days} day{'s' * (days != 1)}, " if days else ""
-        text = f"pid {status.pid}, uptime {spent}{hours}:{minutes:02}:{clock % 60:02}"
-        return ", ".join(filter(None, (text, status.status_text, status.reason)))
-    if status.state in (State.STOPPED, State.EXITED):
-        if snapshot.changed_at is None:
-            return "Not started"
-        when = time.strftime("%b %d %I:%M %p", time.localtime(snapshot.changed_at))
-        return ", ".join(filter(None, (when, status.reason)))
-    return status.reason
+        minutes, seconds = divmod(int(now - status.started), 60)
+        days, hours = divmod(minutes // 60, 24)
+        spent = f"{days} day{'s' * (days != 1)}, " * bool(days)
+        clock = f"{hours}:{minutes % 60:02}:{seconds:02}"
+        words[:0] = [f"pid {status.pid}, uptime {spent}{clock}", status.status_text]
+    elif status.state in (State.STOPPED, State.EXITED):
+        when = snapshot.changed_at
+        moment = time.strftime("%b %d %I:%M %p", time.localtime(when))
+        words.insert(0, moment if when else "Not started")
+    return ", ".join(filter(None, words))
 
 
 def outcome(verb: str, snapshot: Snapshot) -> bool | None:
     """Return whether an order has been carried out; None while that is open."""
-    status = snapshot.status
+    state = snapshot.status.state
     if verb == "stop":
-        return (
-            True if not status.is_alive and status.state is not State.WAITING else None
-        )
-    if snapshot.ready or (status.state is State.EXITED and status.succeeded):
+        return None if state is State.WAITING or snapshot.status.is_alive else True
+    if snapshot.ready or (state is State.EXITED and snapshot.status.succeeded):
         return True
     ended = (State.BACKOFF, State.EXITED, State.FATAL, State.STOPPED)
-    return False if status.state in ended else None
+    return False if state in ended else None
 
 
 class Listener(NamedTuple):
-    """A bound socket; `is_control` may do everything."""
+    """A bound socket; over `is_control` everything is allowed."""
 
     socket: socket.socket
     address: Address
@@ -3069,35 +2704,39 @@ class Listener(NamedTuple):
 
 
 class Request(NamedTuple):
-    method: str
     query: Mapping[str, str]
     headers: Mapping[str, str]
     targets: list[Snapshot]  # of the NAME in the path
-    several: bool  # that NAME asks for an array
+    several: bool  # NAME asks for an array
 
 
 class Response(NamedTuple):
+    body: bytes | Iterator[bytes]  # a stream, in which b"" is a moment to look around
     status: int = 200
-    body: bytes = b""
-    content_type: str = "application/json"
+    kind: str = PLAIN
     headers: tuple[tuple[str, str], ...] = ()
-    stream: Iterator[bytes] | None = None  # instead of a body; b"" is a sign of life
 
 
 class HttpError(Exception):
-    def __init__(
-        self, status: int, error: str, *headers: tuple[str, str], **more: Any
-    ) -> None:
-        super().__init__(error)
-        self.status = status
-        self.headers = headers
-        self.content = {"error": error, **more}
+    def __init__(self, status: int, error: str, **headers: str) -> None:
+        self.status, self.content = status, {"error": error}
+        self.headers = tuple((key.replace("_", "-"), headers[key]) for key in headers)
 
 
-def as_json(content: object, status: int = 200) -> Response:
+def as_json(content: object, status: int = 200, *headers: tuple[str, str]) -> Response:
     import json  # with the first answer
 
-    return Response(status, json.dumps(content).encode())
+    return Response(json.dumps(content).encode(), status, "application/json", headers)
+
+
+def objects(
+    request: Request, snapshots: Iterable[Snapshot], status: int = 200
+) -> Response:
+    """Answer status objects: an array, or one where one program was named."""
+    now = time.monotonic()
+    found = [status_object(one, now) for one in snapshots]
+    several = request.several or not request.targets
+    return as_json(found if several else found[0], status)
 
 
 def select_programs(
@@ -3109,13 +2748,15 @@ def select_programs(
     """
     if name in snapshots:
         return [snapshots[name]], False
+    import fnmatch  # only for names that are no program's
+
     found: dict[str, Snapshot] = {}
     for word in name.split(","):
-        pattern = re.compile(translate(word) if word != "all" else "(?s:.*)")
+        glob = "*" if word == "all" else word
         matches = [
             one
-            for one in snapshots.values()
-            if pattern.fullmatch(one.program.name) or one.program.group == word
+            for key, one in snapshots.items()
+            if one.program.group == word or fnmatch.fnmatchcase(key, glob)
         ]
         if not matches:
             raise HttpError(404, f"no program {word!r}{hint(word, snapshots)}")
@@ -3123,42 +2764,30 @@ def select_programs(
     return list(found.values()), True
 
 
-def translate(pattern: str) -> str:
-    import fnmatch  # only for names that are no program's
-
-    return fnmatch.translate(pattern)
-
-
 def get_page(supervisor: Supervisor, request: Request) -> Response:
     if "text/html" not in request.headers.get("Accept", ""):
-        return Response(200, GREETING.encode(), "text/plain; charset=utf-8")
+        return Response(b"Supervisor Running. Check /status")
     headers = (("Content-Security-Policy", POLICY), ("X-Frame-Options", "DENY"))
-    return Response(200, PAGE.encode(), "text/html; charset=utf-8", headers)
+    return Response(PAGE.encode(), 200, "text/html; charset=utf-8", headers)
 
 
 def get_health(supervisor: Supervisor, request: Request) -> Response:
-    """Answer how everything wanted is, or the programs that were named."""
-    named = bool(request.targets)
+    """Answer how all that is wanted is, or the programs that were named."""
     verdicts, reasons = {"ok"}, {}
     for snapshot in request.targets or list(supervisor.snapshots.values()):
         program, status = snapshot.program, snapshot.status
         found = verdict(program, status)
-        if not found and named:
-            reasons[program.name] = reason_of(status)
-            found = (
-                "ok" if status.succeeded and status.state is State.EXITED else "failing"
-            )
-        elif found not in ("", "ok"):
-            reasons[program.name] = reason_of(status)
-        verdicts.add(found)
+        if found == "ok" or not (found or request.targets):
+            continue
+        reasons[program.name] = ", ".join(
+            filter(None, (status.state.value, status.reason))
+        )
+        ended_well = status.state is State.EXITED and status.succeeded
+        verdicts.add(found or ("ok" if ended_well else "failing"))
     worst = next(word for word in ("failing", "starting", "ok") if word in verdicts)
     return as_json(
         {"status": worst, "programs": reasons}, 200 if worst == "ok" else 503
     )
-
-
-def reason_of(status: Status) -> str:
-    return ", ".join(filter(None, (status.state.value, status.reason)))
 
 
 def get_live(supervisor: Supervisor, request: Request) -> Response:
@@ -3167,130 +2796,119 @@ def get_live(supervisor: Supervisor, request: Request) -> Response:
 
 
 def get_status(supervisor: Supervisor, request: Request) -> Response:
-    now = time.monotonic()
-    targets = request.targets or list(supervisor.snapshots.values())
-    objects = [status_object(one, now) for one in targets]
-    return as_json(objects if request.several or not request.targets else objects[0])
+    return objects(request, request.targets or list(supervisor.snapshots.values()))
+
+
+def last_code(status: Status) -> int | None:
+    return status.exit_code if status.exit_signal is None else 128 + status.exit_signal
+
+
+METRICS: tuple[tuple[str, str, Callable[[Snapshot, float], float | None]], ...] = (
+    ("up", "1 while alive", lambda one, now: one.status.is_alive),
+    ("ready", "1 while ready", lambda one, now: one.ready),
+    ("uptime_seconds", "seconds since its start",
+     lambda one, now: one.status.is_alive and now - one.status.started),
+    ("restarts_total", "automatic restarts", lambda one, now: one.status.restarts),
+    ("exit_code", "last exit code, 128+N for a signal",
+     lambda one, now: last_code(one.status)),
+    ("log_dropped_bytes_total", "output that could not be written",
+     lambda one, now: one.output.dropped),
+)  # fmt: skip
 
 
 def get_metrics(supervisor: Supervisor, request: Request) -> Response:
     """Answer in Prometheus' text format 0.0.4."""
     snapshots, now = list(supervisor.snapshots.values()), time.monotonic()
+    lines: list[str] = []
 
-    def family(
-        name: str, kind: str, text: str, lines: Iterable[tuple[str, float]]
-    ) -> str:
-        head = f"# HELP supervisors_{name} {text}\n# TYPE supervisors_{name} {kind}\n"
-        return head + "".join(
-            f"supervisors_{name}{labels} {n}\n" for labels, n in lines
+    def family(name: str, text: str, samples: Iterable[tuple[str, float]]) -> None:
+        kind = "counter" if name.endswith("_total") else "gauge"
+        lines.append(
+            f"# HELP supervisors_{name} {text}\n# TYPE supervisors_{name} {kind}"
+        )
+        lines.extend(
+            f"supervisors_{name}{labels} {value:.15g}" for labels, value in samples
         )
 
-    def each(value: Callable[[Snapshot], float | None]) -> Iterator[tuple[str, float]]:
-        for one in snapshots:
-            number = value(one)
-            if number is not None:
-                names = f'name="{one.program.name}",group="{one.program.group}"'
-                yield f"{{{names}}}", number
-
-    states = (
-        (
-            f'{{name="{one.program.name}",group="{one.program.group}",state="{state.value}"}}',
-            int(one.status.state is state),
-        )
-        for one in snapshots
+    labels = [
+        f'{{name="{one.program.name}",group="{one.program.group}"' for one in snapshots
+    ]
+    family("info", "version", [(f'{{version="{__version__}"}}', 1)])
+    family("start_time_seconds", "start, Unix time", [("", supervisor.started_at)])
+    for name, text, value in METRICS:
+        pairs = [
+            (label + "}", value(one, now)) for label, one in zip(labels, snapshots)
+        ]
+        samples = [(label, number) for label, number in pairs if number is not None]
+        family(f"program_{name}", text, samples)
+    states = [
+        (f'{label},state="{state.value}"}}', one.status.state is state)
+        for label, one in zip(labels, snapshots)
         for state in State
-    )
-    spent = each(lambda one: round(now - one.status.started, 3) * one.status.is_alive)
-    texts = [
-        family("info", "gauge", "Version.", [(f'{{version="{__version__}"}}', 1)]),
-        family("start_time_seconds", "gauge", "Start, Unix time.",
-               [("", round(supervisor.started_at, 3))]),
-        family("program_up", "gauge", "1 while alive.", each(lambda one: int(one.status.is_alive))),
-        family("program_ready", "gauge", "1 while ready.", each(lambda one: int(one.ready))),
-        family("program_state", "gauge", "1 for the present state.", states),
-        family("program_uptime_seconds", "gauge", "Seconds since its start.", spent),
-        family("program_restarts_total", "counter", "Automatic restarts.",
-               each(lambda one: one.status.restarts)),
-        family("program_exit_code", "gauge", "The last exit code, 128+N for a signal.",
-               each(last_code)),
-        family("program_log_dropped_bytes_total", "counter", "Output that was dropped.",
-               each(lambda one: one.output.dropped)),
-    ]  # fmt: skip
-    return Response(
-        200, "".join(texts).encode(), "text/plain; version=0.0.4; charset=utf-8"
-    )
-
-
-def last_code(snapshot: Snapshot) -> int | None:
-    status = snapshot.status
-    return status.exit_code if status.exit_signal is None else 128 + status.exit_signal
+    ]
+    family("program_state", "1 for the present state", states)
+    text = "\n".join([*lines, ""])
+    return Response(text.encode(), kind="text/plain; version=0.0.4; charset=utf-8")
 
 
 def get_events(supervisor: Supervisor, request: Request) -> Response:
-    return Response(content_type="text/event-stream", stream=stream_events(supervisor))
+    return Response(stream_events(supervisor), kind="text/event-stream")
 
 
 def stream_events(supervisor: Supervisor) -> Iterator[bytes]:
     """Yield every change of state as server-sent events, a snapshot of all first."""
     import json
 
-    def event(kind: str, content: object) -> bytes:
-        return f"event: {kind}\ndata: {json.dumps(content)}\n\n".encode()
-
     feed = supervisor.events
     with feed.followed():
-        at, now = feed.end, time.monotonic()
-        everything = [status_object(one, now) for one in supervisor.snapshots.values()]
-        yield event("snapshot", everything)
-        quiet_since = time.monotonic()
-        while not feed.closed or feed.end > at:
+        at, spoke = feed.end, time.monotonic()
+        all_of_them: Any = [
+            status_object(one, spoke) for one in supervisor.snapshots.values()
+        ]
+        events = [("snapshot", all_of_them)]
+        while events or not feed.closed:
+            for kind, content in events:
+                yield f"event: {kind}\ndata: {json.dumps(content)}\n\n".encode()
             items, at = feed.read(at, LOOK_INTERVAL)
             now = time.monotonic()
             if items:
-                quiet_since = now
-            elif now - quiet_since >= COMMENT_INTERVAL:
-                quiet_since = now
+                spoke = now
+            elif now >= spoke + COMMENT_INTERVAL:
+                spoke = now
                 yield b": still here\n\n"
-            else:
-                yield b""
-            for item in items:
-                if isinstance(item, str):
-                    yield event("removed", {"name": item})
-                else:
-                    yield event("state", status_object(item, now))
+            yield b""
+            events = [
+                ("removed", {"name": one})
+                if isinstance(one, str)
+                else ("state", status_object(one, now))
+                for one in items
+            ]
 
 
 def get_logs(supervisor: Supervisor, request: Request) -> Response:
     """Answer the newest lines of one program, and go on with `follow`."""
     snapshot = request.targets[0]
-    name = snapshot.program.name
-    if request.several and len(request.targets) != 1:
+    program, recent = snapshot.program, snapshot.output.recent
+    lines = int(number_of(request, "lines", 100, 1e9))
+    follow = word_of(request, "follow", "0", "1") == "1"
+    if lines == 0 and not follow:
+        return Response(b"")  # how a page asks whether its token is right
+    if len(request.targets) != 1:
         raise HttpError(400, "expected one program, not several")
-    lines = int(number_of(request, "lines", 100, 10**9))
-    follow = one_word(request, "follow", ("0", "1")) == "1"
-    stream = one_word(request, "stream", ("", "stdout", "stderr"))
-    both = [
-        route(snapshot.program, one, snapshot.log_format)
-        for one in ("stdout", "stderr")
-    ]
+    stream = word_of(request, "stream", "", "stdout", "stderr")
+    both = [route(program, one, snapshot.log_format) for one in ("stdout", "stderr")]
     if stream and isinstance(both[0].target, str) and both[0].target == both[1].target:
-        raise HttpError(400, f"both streams of {name} share one file")
-    chosen = both[stream == "stderr"]
-    recent = snapshot.output.recent
-    if isinstance(chosen.target, str) and chosen.target != NOWHERE:
-        program = snapshot.program
-        body = file_log(
-            supervisor, name, chosen.target, program.logfile_backups, lines, follow
-        )
-    elif chosen.direct:
+        raise HttpError(400, f"both streams of {program.name} share one file")
+    target, _, direct = both[stream == "stderr"]
+    gone = functools.partial(supervisor.is_gone, program.name)
+    if isinstance(target, str) and target != NOWHERE:
+        paths = [f"{target}.{n}" for n in range(program.logfile_backups, 0, -1)]
+        return Response(file_log([*paths, target], lines, follow, gone))
+    if direct:
         raise HttpError(
-            409, f"{name} writes to a descriptor of its own, which nobody reads"
+            409, f"{program.name} has a descriptor of its own, not seen here"
         )
-    elif recent is None:
-        body = iter(())
-    else:
-        body = memory_log(recent, stream, lines, follow)
-    return Response(content_type="text/plain; charset=utf-8", stream=body)
+    return Response(memory_log(recent, stream, lines, follow, gone))
 
 
 def number_of(request: Request, key: str, default: float, most: float) -> float:
@@ -3306,151 +2924,119 @@ def number_of(request: Request, key: str, default: float, most: float) -> float:
     return number
 
 
-def one_word(request: Request, key: str, words: tuple[str, ...]) -> str:
+def word_of(request: Request, key: str, *words: str) -> str:
     word = request.query.get(key, words[0])
     if word not in words:
-        expected = ", ".join(filter(None, words))
-        raise HttpError(400, f"{key}: expected one of {expected}, got {word!r}")
+        raise HttpError(400, f"{key}: expected one of {words}, got {word!r}")
     return word
 
 
 def memory_log(
-    feed: Feed[tuple[str, bytes]], stream: str, lines: int, follow: bool
+    feed: Feed[tuple[str, bytes]],
+    stream: str,
+    lines: int,
+    follow: bool,
+    gone: Callable[[], bool],
 ) -> Iterator[bytes]:
-    def text(items: list[tuple[str, bytes]]) -> bytes:
-        return b"".join(data for name, data in items if stream in ("", name))
-
-    with feed.followed() if follow else contextlib.nullcontext():
+    with feed.followed():
         items, at = feed.newest()
-        newest = text(items).splitlines(keepends=True)
+        text = b"".join(data for name, data in items if stream in ("", name))
+        newest = text.splitlines(keepends=True)
         yield b"".join(newest[max(len(newest) - lines, 0) :])
-        while follow and not (feed.closed and feed.end <= at):
-            items, at = feed.read(at, LOOK_INTERVAL)
-            yield text(items)
+        while follow:
+            over = gone()
+            items, at = feed.read(at, 0 if over else LOOK_INTERVAL)
+            yield b"".join(data for name, data in items if stream in ("", name))
+            if over:
+                return
 
 
 def file_log(
-    supervisor: Supervisor, name: str, path: str, backups: int, lines: int, follow: bool
+    paths: list[str], lines: int, follow: bool, gone: Callable[[], bool]
 ) -> Iterator[bytes]:
-    """Yield the end of a log file and its backups; then what is added, by looking.
+    """Yield the last lines of a log and its backups, the newest path last; then follow.
 
-    A file that was rotated is read to its end, then the ones after it, found by inode.
+    What has been rotated meanwhile is found again by its inode, and read to its end.
     """
-    numbers = range(min(backups, 1000), 0, -1)
-    files: list[tuple[int, int]] = []  # descriptors and offsets, the oldest first
-    try:
-        for file in (path, *(f"{path}.{number}" for number in reversed(numbers))):
-            if files and lines <= 0:
-                break
-            with contextlib.suppress(OSError):
-                fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
-                start, found = tail_start(fd, os.fstat(fd).st_size, lines)
-                files.insert(0, (fd, start))
-                lines -= found
-        while files:
-            fd, at = files[0]
-            while chunk := os.pread(fd, PIPE, at):
+    with contextlib.ExitStack() as stack:
+        files: list[tuple[int, int]] = []  # descriptors and offsets, the oldest first
+        for path in reversed(paths):
+            if lines > 0 or not files:
+                with contextlib.suppress(OSError):
+                    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+                    stack.callback(os.close, fd)
+                    start, found = tail_start(fd, lines)
+                    files.insert(0, (fd, start))
+                    lines -= found
+        fd, at = -1, 0
+        while True:
+            over = not follow or gone()
+            if files:
+                fd, at = files.pop(0)
+            while fd >= 0 and (chunk := os.pread(fd, PIPE, at)):
                 at += len(chunk)
                 yield chunk
-            if len(files) > 1:
-                os.close(files.pop(0)[0])
-                continue
-            files[0] = (fd, at)
-            if not follow or supervisor.is_gone(name):
-                return
-            successor = newer_file(fd, path, numbers)
-            if successor is None:
+            newer = None if files else next_file(fd, paths)
+            if newer is not None and (fd < 0 or os.fstat(fd).st_size <= at):
+                stack.callback(os.close, newer)
+                files.append((newer, 0))
+            elif not files:
+                if over:
+                    return
                 time.sleep(FILE_INTERVAL)
                 yield b""
-            elif os.fstat(fd).st_size <= at:
-                files.append((successor, 0))
-            else:
-                os.close(successor)
-    finally:
-        for fd, _ in files:
-            os.close(fd)
 
 
-def newer_file(fd: int, path: str, numbers: Iterable[int]) -> int | None:
+def next_file(fd: int, paths: list[str]) -> int | None:
     """Return the file that came after `fd`, opened; None if there is none yet."""
-    mine = os.fstat(fd)
-    names = [f"{path}.{number}" for number in numbers] + [path]
-    known = [name for name in names if os.path.exists(name)]
-    found = [os.path.samestat(os.stat(name), mine) for name in known]
-    if not known or found[-1]:
-        return None
-    after = found.index(True) + 1 if True in found else len(known) - 1
-    try:
-        return os.open(known[after], os.O_RDONLY | os.O_NONBLOCK)
-    except OSError:
-        return None
+    known = [path for path in paths if os.path.exists(path)]
+    with contextlib.suppress(OSError):
+        here = [
+            fd >= 0 and os.path.samestat(os.stat(one), os.fstat(fd)) for one in known
+        ]
+        if known and not here[-1]:
+            after = here.index(True) + 1 if True in here else -1
+            return os.open(known[after], os.O_RDONLY | os.O_NONBLOCK)
+    return None
 
 
-def tail_start(fd: int, size: int, lines: int) -> tuple[int, int]:
+def tail_start(fd: int, lines: int) -> tuple[int, int]:
     """Return where the last `lines` lines of a file begin, and how many those are."""
-    found, end = 0, size
-    if lines <= 0:
-        return size, 0
-    while end > 0:
+    end = size = os.fstat(fd).st_size
+    found = 0
+    while end > 0 and lines > 0:
         start = max(end - PIPE, 0)
         chunk = os.pread(fd, end - start, start)
-        at = len(chunk)
+        at = len(chunk) - (end == size)  # the end of the last line begins no other
         while (at := chunk.rfind(b"\n", 0, at)) >= 0:
-            if start + at + 1 == size:
-                continue  # the end of the last line begins no other
             found += 1
             if found == lines:
                 return start + at + 1, found
         end = start
-    return 0, found + (size > 0)
+    return end, found + (size > 0)
 
 
-def post_verb(verb: str) -> Callable[[Supervisor, Request], Response]:
-    """Return the answer to POST /programs/NAME/`verb`."""
-
-    def answer(supervisor: Supervisor, request: Request) -> Response:
-        wait = number_of(request, "wait", 0, MOST_WAIT)
-        names = [one.program.name for one in request.targets]
-        feed = supervisor.events
-        with feed.followed():
-            at, found = supervisor.ask(lambda: supervisor.order(verb, names))
-            decided = follow_orders(feed, at, verb, found, time.monotonic() + wait)
-        now = time.monotonic()
-        objects = [status_object(one, now) for one in found.values()]
-        code = 200 if wait and decided else 202
-        return as_json(objects if request.several else objects[0], code)
-
-    return answer
-
-
-def follow_orders(
-    feed: Feed[Snapshot | str],
-    at: int,
-    verb: str,
-    found: dict[str, Snapshot],
-    end: float,
-) -> bool:
-    """Update `found` until all outcomes are known, or it is too late; return whether."""
-    open_ones = {name for name, one in found.items() if outcome(verb, one) is None}
-    while open_ones and not feed.closed:
-        left = end - time.monotonic()
-        if left <= 0:
-            break
-        try:
-            items, at = feed.read(at, left)
-        except Lagged:
-            at = feed.end
-            continue
-        for item in items:
-            name = item if isinstance(item, str) else item.program.name
-            if name not in open_ones:
-                continue
-            if not isinstance(item, str):
-                found[name] = item
-                if outcome(verb, item) is None:
-                    continue
-            open_ones.discard(name)
-    return not open_ones
+def post_verb(verb: str, supervisor: Supervisor, request: Request) -> Response:
+    """Start, stop or restart; answer at the outcome of all, or after `wait` seconds."""
+    wait = number_of(request, "wait", 0, MOST_WAIT)
+    names = [one.program.name for one in request.targets]
+    feed, end = supervisor.events, time.monotonic() + wait
+    with feed.followed():
+        at, found = supervisor.ask(lambda: supervisor.order(verb, names))
+        undecided = {name for name, one in found.items() if outcome(verb, one) is None}
+        while undecided and not feed.closed and (left := end - time.monotonic()) > 0:
+            try:
+                items, at = feed.read(at, left)
+            except Lagged:
+                at = feed.end
+                items = list(supervisor.snapshots.values())
+            for item in items:
+                name = item if isinstance(item, str) else item.program.name
+                if name in undecided and not isinstance(item, str):
+                    found[name] = item
+                if isinstance(item, str) or outcome(verb, item) is not None:
+                    undecided.discard(name)
+    return objects(request, found.values(), 202 if undecided or not wait else 200)
 
 
 def post_signal(supervisor: Supervisor, request: Request) -> Response:
@@ -3459,20 +3045,17 @@ def post_signal(supervisor: Supervisor, request: Request) -> Response:
         number = signal_number(name)
     except ValueError:
         raise HttpError(
-            400, f"signal: expected the name of a signal, got {name!r}"
+            400, f"signal: expected a signal's name, got {name!r}"
         ) from None
     names = [one.program.name for one in request.targets]
-    found = supervisor.ask(lambda: supervisor.signal_programs(number, names))
-    now = time.monotonic()
-    objects = [status_object(one, now) for one in found]
-    return as_json(objects if request.several else objects[0])
+    return objects(request, supervisor.ask(lambda: supervisor.signal(number, names)))
 
 
 def post_reload(supervisor: Supervisor, request: Request) -> Response:
     try:
         return as_json(supervisor.ask(supervisor.reload))
     except ConfigError as error:
-        raise HttpError(422, str(error), errors=error.errors) from None
+        return as_json({"error": str(error), "errors": error.errors}, 422)
 
 
 def post_shutdown(supervisor: Supervisor, request: Request) -> Response:
@@ -3480,62 +3063,44 @@ def post_shutdown(supervisor: Supervisor, request: Request) -> Response:
     return as_json({"status": "shutting down"}, 202)
 
 
-class Endpoint(NamedTuple):
-    """A route: `*` in its path stands for NAME; `guarded` needs the token over TCP."""
-
-    method: str
-    path: tuple[str, ...]
-    answer: Callable[[Supervisor, Request], Response]
-    guarded: bool = False
-
-
-ENDPOINTS = (
-    Endpoint("GET", ("",), get_page),
-    Endpoint("GET", ("health",), get_health),
-    Endpoint("GET", ("health", "live"), get_live),
-    Endpoint("GET", ("health", "*"), get_health),
-    Endpoint("GET", ("status",), get_status),
-    Endpoint("GET", ("status", "*"), get_status),
-    Endpoint("GET", ("metrics",), get_metrics),
-    Endpoint("GET", ("events",), get_events),
-    Endpoint("GET", ("programs", "*", "logs"), get_logs, True),
-    Endpoint("POST", ("programs", "*", "start"), post_verb("start"), True),
-    Endpoint("POST", ("programs", "*", "stop"), post_verb("stop"), True),
-    Endpoint("POST", ("programs", "*", "restart"), post_verb("restart"), True),
-    Endpoint("POST", ("programs", "*", "signal"), post_signal, True),
-    Endpoint("POST", ("reload",), post_reload, True),
-    Endpoint("POST", ("shutdown",), post_shutdown, True),
+Answer = Callable[["Supervisor", Request], Response]
+# The first that matches answers; `*` stands for NAME. Over TCP, what is `guarded` needs
+# the token: every POST, and logs.
+ENDPOINTS: tuple[tuple[str, str, Answer], ...] = (
+    ("GET", "/", get_page),
+    ("GET", "/health", get_health),
+    ("GET", "/health/live", get_live),
+    ("GET", "/health/*", get_health),
+    ("GET", "/status", get_status),
+    ("GET", "/status/*", get_status),
+    ("GET", "/metrics", get_metrics),
+    ("GET", "/events", get_events),
+    ("GET", "/programs/*/logs", get_logs),
+    ("POST", "/programs/*/start", functools.partial(post_verb, "start")),
+    ("POST", "/programs/*/stop", functools.partial(post_verb, "stop")),
+    ("POST", "/programs/*/restart", functools.partial(post_verb, "restart")),
+    ("POST", "/programs/*/signal", post_signal),
+    ("POST", "/reload", post_reload),
+    ("POST", "/shutdown", post_shutdown),
 )
 
 
-def find_endpoint(method: str, path: tuple[str, ...]) -> Endpoint:
-    """Return the route of a request; raises HttpError 404 or 405."""
-    matching = [
-        one
-        for one in ENDPOINTS
-        if len(one.path) == len(path)
-        and all(want in ("*", got) for want, got in zip(one.path, path))
-    ]
-    if not matching or ("*" in matching[0].path and "" in path):
-        raise HttpError(404, "no such path")
-    allowed = ["GET", "HEAD"] if matching[0].method == "GET" else ["POST"]
-    if method not in allowed:
-        raise HttpError(405, f"{method} is not allowed", ("Allow", ", ".join(allowed)))
-    return matching[0]  # /health/live stands before /health/*
-
-
-def parse_target(target: str) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Return the path's words and the query; raises HttpError 400."""
-    import urllib.parse  # http.server has loaded it
-
-    target = re.sub(r"^http://[^/?]*", "", target)
-    path, _, query = target.partition("?")
-    words = tuple(
-        urllib.parse.unquote(word, errors="strict") for word in path.split("/")[1:]
-    )
-    if not path.startswith("/") or any("\0" in word for word in words):
-        raise ValueError
-    return words, dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+def find_endpoint(method: str, words: list[str]) -> tuple[Answer, str | None]:
+    """Return who answers, and the NAME in the path; raises HttpError 404 or 405."""
+    for wanted, path, answer in ENDPOINTS:
+        pattern = path.split("/")[1:]
+        if len(pattern) != len(words):
+            continue
+        if all(
+            one == word or (one == "*" and word) for one, word in zip(pattern, words)
+        ):
+            allowed = ["GET", "HEAD"] if wanted == "GET" else ["POST"]
+            if method not in allowed:
+                raise HttpError(
+                    405, f"{method} is not allowed", Allow=", ".join(allowed)
+                )
+            return answer, dict(zip(pattern, words)).get("*")
+    raise HttpError(404, "no such path")
 
 
 def respond(
@@ -3543,28 +3108,30 @@ def respond(
     listener: Listener,
     method: str,
     target: str,
-    headers: Mapping[str, str],
+    headers: dict[str, str],
 ) -> Response:
-    """Answer a request; raises HttpError. In the order that refusals have."""
+    """Answer a request. Refusals come in a fixed order: 400, 404, 405, 403, 401."""
+    import urllib.parse  # http.server has loaded it
+
+    path, _, query = re.sub(r"^http://[^/?]*", "", target).partition("?")
     try:
-        if not target.isascii() or not target.isprintable():
+        words = [
+            urllib.parse.unquote(word, errors="strict") for word in path.split("/")
+        ]
+        if words.pop(0) or not target.isascii() or not "".join(words).isprintable():
             raise ValueError
-        words, query = parse_target(target)
     except ValueError:
         raise HttpError(400, "malformed path") from None
-    endpoint = find_endpoint(method, words)
-    targets: list[Snapshot] = []
-    several = False
-    if "*" in endpoint.path:
-        name = words[endpoint.path.index("*")]
-        targets, several = select_programs(supervisor.snapshots, name)
+    answer, name = find_endpoint(method, words)
+    targets, several = (
+        select_programs(supervisor.snapshots, name) if name else ([], False)
+    )
     if not listener.is_control:
         check_origin(supervisor.config, listener, method, headers)
-        if endpoint.guarded:
+        if method == "POST" or answer is get_logs:
             check_token(supervisor.token, headers.get("Authorization", ""))
-    return endpoint.answer(
-        supervisor, Request(method, query, headers, targets, several)
-    )
+    pairs = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+    return answer(supervisor, Request(pairs, headers, targets, several))
 
 
 def check_origin(
@@ -3572,22 +3139,22 @@ def check_origin(
 ) -> None:
     """Refuse what another site has a browser send; raises HttpError 403.
 
-    Without Host it is no browser's. A name that an attacker's DNS points at loopback is
-    caught by the Host, a form or script of another site by the Origin.
+    A name that an attacker's DNS points at loopback is caught by the Host, another
+    site's script by the Origin. Without Host it is no browser's request.
     """
-    host = headers.get("Host", "").lower()
-    name = re.sub(r":\d*$", "", host).strip("[]")
-    known = name == "localhost" or name.endswith(".localhost") or name == "::1"
-    known = known or re.fullmatch(r"127(\.\d{1,3}){3}", name) is not None
-    allowed = [one.lower() for one in config.allowed_hosts]
-    if host and listener.address.is_loopback and not known:
-        if name not in allowed and host not in allowed:
-            raise HttpError(403, f"Host {host!r} is not one of ours, see allowed_hosts")
-    origin = headers.get("Origin", "").lower()
-    if method == "POST" and origin:
-        place = origin.partition("://")[2]
-        if place != host and re.sub(r":\d*$", "", place) not in allowed:
-            raise HttpError(403, f"Origin {origin!r} is foreign")
+    host, port = headers.get("Host", "").lower(), r":\d*$"
+    allowed = {one.lower() for one in config.allowed_hosts}
+    ours = r"(.*\.)?localhost|127(\.\d{1,3}){3}|\[::1\]|"
+    known = (
+        re.fullmatch(ours, re.sub(port, "", host))
+        or {host, re.sub(port, "", host)} & allowed
+    )
+    if listener.address.is_loopback and not known:
+        raise HttpError(403, f"Host {host!r} is not one of ours, see allowed_hosts")
+    place = headers.get("Origin", "").lower().partition("://")[2]
+    foreign = not place or not {place, re.sub(port, "", place)} & {host, *allowed}
+    if method == "POST" and "Origin" in headers and foreign:
+        raise HttpError(403, f"Origin {headers['Origin']!r} is foreign")
 
 
 def check_token(token: str, authorization: str) -> None:
@@ -3598,14 +3165,14 @@ def check_token(token: str, authorization: str) -> None:
     import hmac
 
     scheme, _, given = authorization.partition(" ")
-    offered = given.strip().encode(errors="replace")
+    offered = (
+        given.strip().encode(errors="replace") if scheme.lower() == "bearer" else b""
+    )
     if scheme.lower() == "basic":
         with contextlib.suppress(ValueError):
-            offered = base64.b64decode(offered, validate=True).partition(b":")[2]
-    elif scheme.lower() != "bearer":
-        offered = b""
+            offered = base64.b64decode(given.strip(), validate=True).partition(b":")[2]
     if not hmac.compare_digest(offered, token.encode()):
-        raise HttpError(401, "wrong or missing token", ("WWW-Authenticate", "Bearer"))
+        raise HttpError(401, "wrong or missing token", WWW_Authenticate="Bearer")
 
 
 class DeadlineReader(io.RawIOBase):
@@ -3616,10 +3183,9 @@ class DeadlineReader(io.RawIOBase):
         self.begin()
 
     def begin(self) -> None:
-        """Wait for another request."""
+        """Expect another request."""
         self.deadline = time.monotonic() + REQUEST_TIME
-        self.allowance = MOST_HEAD
-        self.count = 0
+        self.allowance, self.count = MOST_HEAD, 0
 
     def readable(self) -> bool:
         return True
@@ -3646,15 +3212,13 @@ class Place(NamedTuple):
 if TYPE_CHECKING:
     RequestHandler = http.server.BaseHTTPRequestHandler
 else:
-    RequestHandler = object  # until the first connection, see `converse`
+    RequestHandler = object  # until the first connection, see `handler_class`
 
 
 class Conversation(RequestHandler):
     """One connection, in a thread of its own."""
 
     protocol_version = "HTTP/1.1"
-    server_version = f"supervisors/{__version__}"
-    sys_version = ""
     # Buffered: unbuffered, headers and body are two packets, and Nagle's algorithm
     # against the delayed ACK makes every answer take 44 ms.
     wbufsize = -1
@@ -3668,115 +3232,94 @@ class Conversation(RequestHandler):
         self.rfile = io.BufferedReader(self.raw)
 
     def handle_one_request(self) -> None:
-        self.close_connection = True
-        self.command, self.request_version = "", self.protocol_version
-        self.requestline = ""
+        self.close_connection, self.answered = True, False
+        self.command, self.requestline = "", ""
+        self.request_version = self.protocol_version
         try:
-            response = self.read_request()
-            if response is not None:
-                self.send(response)
+            self.answer()
         except HttpError as error:
-            self.refuse(error)
+            self.refuse(as_json(error.content, error.status, *error.headers))
         except SupervisorError as error:
-            self.refuse(HttpError(409, str(error)))
+            self.refuse(as_json({"error": str(error)}, 409))
         except TimeoutError:
             if self.raw.count:  # a client that says nothing gets no answer
-                self.refuse(
-                    HttpError(408, f"no whole request within {REQUEST_TIME:g} s")
-                )
+                self.send_error(408, f"no whole request within {REQUEST_TIME:g} s")
         except OSError:
             pass  # it is gone
         except Exception as error:
-            self.server.supervisor.say(
-                "", f"cannot answer {self.requestline!r}: {error!r}", "error"
-            )
-            self.refuse(HttpError(500, "internal error"))
+            text = f"cannot answer {self.requestline!r}: {error!r}"
+            self.server.supervisor.say("", text, "error")
+            self.send_error(500, "internal error")
 
-    def read_request(self) -> Response | None:
-        """Read and answer a request; None if there is none, or it was refused."""
+    def answer(self) -> None:
+        """Read a request and answer it."""
         self.raw.begin()
-        line = self.rfile.readline(65537)
-        if not line:
-            return None
+        line = self.raw_requestline = self.rfile.readline(65537)
         if len(line) > 65536:
             raise HttpError(414, "the request line is too long")
         words = line.decode("iso-8859-1").split()
-        if len(words) != 3 or not line.endswith(b"\n"):
+        if line and (len(words) != 3 or line[-1:] != b"\n"):
             raise HttpError(400, "malformed request line")
-        self.raw_requestline = line
-        if not self.parse_request():
-            return None  # `send_error` was called
-        self.read_body()
-        self.connection.settimeout(REQUEST_TIME)
-        headers = {name.title(): value for name, value in self.headers.items()}
-        return respond(*self.server, words[0], words[1], headers)
-
-    def read_body(self) -> None:
-        """Read past a body: none of the requests has a use for it."""
-        if "Transfer-Encoding" in self.headers:
-            raise HttpError(411, "expected a Content-Length")
+        if not line or not self.parse_request():
+            return  # the client is done, or `send_error` was called
+        if not self.request_version.startswith("HTTP/1"):
+            raise HttpError(400, "expected HTTP/1.0 or HTTP/1.1")
         length = self.headers.get("Content-Length", "0")
-        if not length.isdecimal():
-            raise HttpError(400, "malformed Content-Length")
+        if not length.isdecimal() or "Transfer-Encoding" in self.headers:
+            raise HttpError(400, "expected a Content-Length")
         if int(length) > MOST_BODY:
             raise HttpError(413, f"expected a body of at most {MOST_BODY} bytes")
         self.raw.allowance += MOST_BODY
-        self.rfile.read(int(length))
+        self.rfile.read(int(length))  # none of the requests has a use for it
+        self.connection.settimeout(REQUEST_TIME)
+        headers = {name.title(): value for name, value in self.headers.items()}
+        self.send(respond(*self.server, words[0], words[1], headers))
 
     def send(self, response: Response) -> None:
-        if response.stream is None:
+        if isinstance(response.body, bytes):
             self.send_head(response, len(response.body))
             if self.command != "HEAD":
                 self.wfile.write(response.body)
             self.wfile.flush()
             return
         self.close_connection = True
-        with self.server.supervisor.stream_slot():
+        with self.server.supervisor.stream_slot(self.server.listener):
             self.send_head(response, None)
             self.wfile.flush()
             if self.command != "HEAD":
-                self.send_stream(response.stream)
+                self.send_stream(response.body)
 
     def send_head(self, response: Response, length: int | None) -> None:
-        self.send_response(response.status)
-        self.send_header("Content-Type", response.content_type)
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("X-Content-Type-Options", "nosniff")
-        for name, value in response.headers:
-            self.send_header(name, value)
-        if length is not None:
-            self.send_header("Content-Length", str(length))
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        elif self.request_version == "HTTP/1.0":
-            self.send_header("Connection", "keep-alive")
+        self.answered = True
+        self.send_response_only(response.status)
+        more = [("Content-Length", str(length))] if length is not None else []
+        more.append(("Connection", "close" if self.close_connection else "keep-alive"))
+        kind = ("Content-Type", response.kind)
+        for pair in (kind, ("Cache-Control", "no-store"), *response.headers, *more):
+            self.send_header(*pair)
         self.end_headers()
 
     def send_stream(self, stream: Iterator[bytes]) -> None:
         """Send what comes, until it ends, or the client is gone or does not keep up."""
-        self.wfile.flush()
         poll = select.poll()
         poll.register(self.connection, select.POLLIN)
-        with contextlib.suppress(Lagged), contextlib.closing(stream):  # type: ignore[type-var]
+        with contextlib.suppress(Lagged):
             for chunk in stream:
                 if chunk:
                     self.connection.sendall(chunk)
                 elif poll.poll(0) and not self.connection.recv(4096):
                     return
 
-    def refuse(self, error: HttpError) -> None:
-        import json
-
+    def refuse(self, response: Response) -> None:
         self.close_connection = True
-        body = json.dumps(error.content).encode()
+        if self.answered:  # in the middle of a stream: there is nothing to be said
+            return
+        self.request_version = self.protocol_version
         with contextlib.suppress(OSError):
             self.connection.settimeout(REQUEST_TIME)
-            self.send_head(Response(error.status, headers=error.headers), len(body))
-            if self.command != "HEAD":
-                self.wfile.write(body)
-            self.wfile.flush()
-            # Closed with unread input, the kernel would send a reset, which can overtake
-            # the answer.
+            self.send(response)
+            # Closed with unread input, the kernel would send a reset, which can
+            # overtake the answer.
             self.connection.shutdown(socket.SHUT_WR)
             self.connection.settimeout(0.2)
             for _ in range(64):
@@ -3787,11 +3330,8 @@ class Conversation(RequestHandler):
         self, code: int, message: str | None = None, explain: str | None = None
     ) -> None:
         """Answer what the library finds malformed as JSON."""
-        code = 400 if code == 505 else code
-        self.refuse(HttpError(code, (message or "malformed request").lower()))
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the answers are the clients' business."""
+        text = (message or "malformed request").lower()
+        self.refuse(as_json({"error": text}, 400 if code == 505 else code))
 
 
 @functools.cache
@@ -3799,13 +3339,12 @@ def handler_class() -> type[Conversation]:
     with without_ssl():
         import http.server  # 15 ms and 8 MB, with the first connection
 
-    bases = (Conversation, http.server.BaseHTTPRequestHandler)
-    return type("Handler", bases, {})
+    return type("Handler", (Conversation, http.server.BaseHTTPRequestHandler), {})
 
 
 def turn_away(connection: socket.socket) -> None:
     """Answer 503 to one connection too many, without waiting for its request."""
-    body = b'{"error": "too many connections"}'
+    body = '{"error": "too many connections"}'
     head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Length: {len(body)}\r\n"
     head += (
         "Content-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
@@ -3814,9 +3353,12 @@ def turn_away(connection: socket.socket) -> None:
         connection.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             connection.recv(65536)  # unread input would turn the close into a reset
-        connection.send(head.encode() + body)
+        connection.send((head + body).encode())
         connection.shutdown(socket.SHUT_WR)
         connection.recv(65536)
+
+
+NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 
 
 def bind(address: Address, private: bool = False) -> socket.socket:
@@ -3825,68 +3367,63 @@ def bind(address: Address, private: bool = False) -> socket.socket:
     A private one has mode 0600 from its first moment: the umask sees to that, no chmod.
     """
     if address.path:
-        return bind_unix(address.path, private)
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    try:
-        listener = socket.socket(family)
+        remove_stale(address.path)
+        listener, place = socket.socket(socket.AF_UNIX), address.path
+    else:
+        listener = socket.socket(
+            socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        )
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if address.host == "::":
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        listener.bind((address.host, address.port))
-    except OSError as error:
-        if address.host == "::" and error.errno in NO_IPV6:
-            return bind(address._replace(host="0.0.0.0"))
+        place = (address.host, address.port)  # type: ignore[assignment]
+    before = os.umask(0o177) if private else None
+    try:
+        listener.bind(place)
+        listener.listen(128)
+    except OSError:
+        listener.close()
         raise
-    listener.listen(128)
+    finally:
+        if before is not None:
+            os.umask(before)
+    listener.setblocking(False)
     return listener
 
 
-def bind_unix(path: str, private: bool) -> socket.socket:
+def remove_stale(path: str) -> None:
+    """Remove a unix socket that nobody answers; raises OSError for anything else."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise FileExistsError(errno.EEXIST, "it exists and is no socket", path)
         with socket.socket(socket.AF_UNIX) as probe:
             try:
                 probe.connect(path)
-                raise OSError(errno.EADDRINUSE, "a supervisor is answering there", path)
+                raise OSError(
+                    errno.EADDRINUSE, "a supervisor answers there already", path
+                )
             except ConnectionRefusedError:
                 os.unlink(path)  # its supervisor was killed
-    listener = socket.socket(socket.AF_UNIX)
-    before = os.umask(0o177) if private else None
-    try:
-        listener.bind(path)
-    finally:
-        if before is not None:
-            os.umask(before)
-    listener.listen(128)
-    return listener
-
-
-def runtime_folder() -> str:
-    """Return the folder of derived control sockets: /run, the user's, or our own in /tmp.
-
-    Raises OSError where that is somebody else's.
-    """
-    if os.geteuid() == 0:
-        return "/run"
-    folder = os.environ.get("XDG_RUNTIME_DIR", "")
-    if folder:
-        return folder
-    folder = f"/tmp/supervisors-{os.geteuid()}"
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(folder, 0o700)
-    status = os.lstat(folder)
-    owned = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
-    if not owned or status.st_mode & 0o077:
-        raise PermissionError(errno.EPERM, "it is not ours alone", folder)
-    return folder
 
 
 def control_path(control: str, path: str) -> str:
-    """Return the control socket of a configuration's real path; raises OSError."""
+    """Return the control socket of a configuration's real path.
+
+    A derived one is in /run, the user's own folder, or one of ours in /tmp. Raises
+    OSError where that is somebody else's.
+    """
     if control != "auto":
         return os.path.abspath(control) if control else ""
-    return os.path.join(runtime_folder(), f"supervisors-{path_hash(path)[:8]}.sock")
+    folder = "/run" if os.geteuid() == 0 else os.environ.get("XDG_RUNTIME_DIR", "")
+    if not folder:
+        folder = f"/tmp/supervisors-{os.geteuid()}"
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+        status = os.lstat(folder)
+        ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+        if not ours or status.st_mode & 0o077:
+            raise PermissionError(errno.EPERM, "it is not ours alone", folder)
+    return os.path.join(folder, f"supervisors-{path_hash(path)[:8]}.sock")
 
 
 # === 9. Supervisor ====================================================================
@@ -3907,20 +3444,18 @@ class Deadlines:
     """What is to be called when: at most one instant for each callback."""
 
     def __init__(self) -> None:
-        self.at: dict[Callable[[], None], float] = {}
-        self.heap: list[tuple[float, int, Callable[[], None]]] = []
+        self.at: dict[Callable[[], object], float] = {}
+        self.heap: list[tuple[float, int, Callable[[], object]]] = []
         self.count = 0
 
-    def set(self, callback: Callable[[], None], when: float | None) -> None:
+    def set(self, callback: Callable[[], object], when: float | None) -> None:
         """Have `callback` called at an instant, or with None not at all."""
         if when is None:
             self.at.pop(callback, None)
-            return
-        if self.at.get(callback) == when:
-            return
-        self.at[callback] = when
-        self.count += 1
-        heapq.heappush(self.heap, (when, self.count, callback))
+        elif self.at.get(callback) != when:
+            self.at[callback] = when
+            self.count += 1
+            heapq.heappush(self.heap, (when, self.count, callback))
         if len(self.heap) > 4 * len(self.at) + 64:  # mostly entries that were replaced
             self.heap = [one for one in self.heap if self.at.get(one[2]) == one[0]]
             heapq.heapify(self.heap)
@@ -3945,81 +3480,82 @@ class Checker:
         self.supervisor = process.supervisor
         self.run = 0  # number of the check; what an older one says is ignored
         self.began = 0.0
-        self.pid: int | None = None
-        self.thread: threading.Thread | None = None
+        self.pid = 0  # of a command that is under way
+        self.busy = False  # a thread is under way
 
     def begin(self) -> None:
         """Start a check, and set the deadline for giving it up."""
         check = self.process.program.healthcheck
-        assert check is not None
+        if check is None:
+            return
         self.run += 1
         self.began = time.monotonic()
         self.supervisor.deadlines.set(self.give_up, self.began + check.timeout)
+        end = functools.partial(self.end, self.run)
         if check.command:
-            self.begin_command(check)
-        elif self.thread and self.thread.is_alive():
-            pass  # the last one is stuck, in a name server say: this one fails with it
-        else:
-            run = self.run
-            post = self.supervisor.post
+            self.begin_command(check, end)
+        elif not self.busy:
+            # One that is stuck, in a name server say, makes this check fail with it.
+            self.busy = True
+
+            def done(detail: str) -> None:
+                self.busy = False
+                end(detail)
 
             def work() -> None:
                 detail = probe(check)
-                post(lambda: self.end(run, detail))
+                self.supervisor.post(functools.partial(done, detail))
 
-            self.thread = threading.Thread(target=work, daemon=True)
-            self.thread.start()
+            threading.Thread(target=work, daemon=True).start()
 
-    def begin_command(self, check: Health) -> None:
-        run = self.run
+    def begin_command(self, check: Health, end: Callable[[str], None]) -> None:
         try:
             child = self.process.spawn(check.argv, (self.supervisor.null_fd,) * 3)
         except SpawnError as error:
-            self.end(run, error.reason)
+            end(error.reason)
             return
         self.pid = child.pid
 
         def ended(wait_status: int) -> None:
             send(-child.pid, signal.SIGKILL)  # what it has forked
-            report = read_report(child)
+            self.pid = 0 if self.pid == child.pid else self.pid
             code, number = decode(wait_status)
             status = Status(exit_code=code, exit_signal=number)
-            if self.pid == child.pid:
-                self.pid = None
-            self.end(run, "" if code == 0 else report or describe_end(status))
+            report = read_report(child) or describe_end(status)
+            end("" if status.exit_code == 0 else report)
 
         self.supervisor.children[child.pid] = ended
 
     def give_up(self) -> None:
         check = self.process.program.healthcheck
+        self.kill()
         if check:
             self.end(self.run, f"no answer within {check.timeout:g} s")
-        self.kill()
 
     def end(self, run: int, detail: str) -> None:
-        """Take a result, and set the time of the next check."""
-        program = self.process.program
-        if run != self.run or program.healthcheck is None:
+        """Take a result, "" if it passed, and set the time of the next check."""
+        check, deadlines = self.process.program.healthcheck, self.supervisor.deadlines
+        if run != self.run or check is None:
             return
         self.run += 1
-        deadlines, check = self.supervisor.deadlines, program.healthcheck
         deadlines.set(self.give_up, None)
         self.process.apply(Checked(not detail, detail))
-        if self.process.status.state in (State.STARTING, State.RUNNING):
-            passed = self.process.status.healthy is not None
-            interval = check.interval if passed else min(check.interval, FIRST_INTERVAL)
+        status = self.process.status
+        if status.state in (State.STARTING, State.RUNNING):
+            first = min(check.interval, FIRST_INTERVAL)
+            interval = first if status.healthy is None else check.interval
             deadlines.set(self.begin, max(self.began + interval, time.monotonic()))
 
     def kill(self) -> None:
-        if self.pid is not None:
+        if self.pid:
             send(-self.pid, signal.SIGKILL)
-            self.pid = None
+        self.pid = 0
 
     def cancel(self) -> None:
         """The run is over, or ending: no more checks."""
         self.run += 1
-        self.supervisor.deadlines.set(self.give_up, None)
-        self.supervisor.deadlines.set(self.begin, None)
+        for callback in (self.give_up, self.begin):
+            self.supervisor.deadlines.set(callback, None)
         self.kill()
 
 
@@ -4034,12 +3570,11 @@ def read_report(child: Child) -> str:
     if child.report is None:
         return ""
     os.set_blocking(child.report, False)
-    try:
-        report = os.read(child.report, 4096).decode(errors="replace")
-    except BlockingIOError:
-        report = ""
+    report = b""
+    with contextlib.suppress(BlockingIOError):
+        report = os.read(child.report, 4096)
     os.close(child.report)
-    return report
+    return report.decode(errors="replace")
 
 
 class Process:
@@ -4048,35 +3583,25 @@ class Process:
     def __init__(self, supervisor: Supervisor, program: Program) -> None:
         self.supervisor = supervisor
         self.program = program
+        self.name = program.name
         self.status = Status()
         self.successor: Program | None = None  # from a reload, for the next start
         self.removed = False
+        self.told = False  # to stop, in a shutdown
         self.dependents: list[Process] = []
         self.child: Child | None = None
         self.group = 0  # the last run's
         self.env_text = ""  # of the env_files, as it was started with
         self.output = Output(program.name)
         self.checker = Checker(self)
-        self.snapshot = Snapshot(
-            program, self.status, self.output, supervisor.config.log_format
-        )
-        self.told = False  # to stop, in a shutdown
-
-    @property
-    def name(self) -> str:
-        return self.program.name
-
-    @property
-    def known(self) -> tuple[Program, Status]:
-        return self.program, self.status
+        self.snapshot = Snapshot(program, self.status, self.output)
 
     def apply(self, event: Event) -> None:
-        """Feed an event to the state machine, do what it says, publish what came of it."""
-        status, actions = step(self.program, time.monotonic(), self.status, event)
-        self.status = status
+        """Feed an event to the state machine, do what it says, publish the result."""
+        self.status, actions = step(self.program, time.monotonic(), self.status, event)
         for action in actions:
             answer = self.perform(action)
-            if answer:
+            if answer is not None:  # an event without fields is false
                 self.apply(answer)
         if not any(isinstance(action, Spawn) for action in actions):
             self.supervisor.deadlines.set(self.wake, self.status.deadline)
@@ -4093,61 +3618,55 @@ class Process:
             self.signal(signal_number(action.name))
             self.signal(signal.SIGCONT)  # a stopped process takes no signal but this
             return None
-        assert self.group > 0
-        send(-self.group, signal.SIGKILL)
-        gone = self.child is None and not send(-self.group, 0)
+        gone = not send(-self.group, signal.SIGKILL) and self.child is None
         return Emptied() if gone else None
 
-    def signal(self, number: int) -> bool:
-        """Signal the group, or the leader where that is wanted; return whether it lives."""
-        assert self.group > 0  # 0 is our own group
+    def signal(self, number: int) -> None:
+        """Signal the group, or the leader where that is wanted."""
+        assert self.group > 0  # 0 would be our own
         if self.program.stopasgroup:
-            return send(-self.group, number)
-        return self.child is not None and send(self.child.pid, number)
+            send(-self.group, number)
+        elif self.child:
+            send(self.child.pid, number)
 
     def start_run(self) -> Event:
         """Start the program as it is defined now."""
         self.take_successor()
-        routes = [self.route("stdout"), self.route("stderr")]
         files: list[int] = []  # to be closed here
         sources: list[Callable[[], None]] = []
         try:
             self.env_text = read_env_files(self.program)
-            out, err = self.open_streams(routes, files, sources)
+            out, err = self.open_streams(files, sources)
             self.child = self.spawn(
                 self.program.argv, (self.supervisor.null_fd, out, err)
             )
         except SpawnError as error:
-            for add in sources:
-                self.supervisor.log.post(add)  # they end at once
             return SpawnFailed(f"cannot start {self.name}: {error.reason}", error.code)
         finally:
             for fd in files:
                 os.close(fd)
-        for add in sources:
-            self.supervisor.log.post(add)
+            for add in sources:  # even where it failed: they end at once then
+                self.supervisor.log.post(add)
         self.group = self.child.pid
         self.supervisor.children[self.group] = self.ended
-        if self.program.healthcheck:
-            self.supervisor.deadlines.set(self.checker.begin, time.monotonic())
+        self.supervisor.deadlines.set(self.checker.begin, time.monotonic())
         return Spawned(self.group)
 
     def take_successor(self) -> None:
-        if self.successor:
-            self.program, self.successor = self.successor, None
-
-    def route(self, stream: str) -> Route:
-        return route(self.program, stream, self.supervisor.config.log_format)
+        self.program, self.successor = self.successor or self.program, None
 
     def open_streams(
-        self, routes: list[Route], files: list[int], sources: list[Callable[[], None]]
-    ) -> list[int | None]:
+        self, files: list[int], sources: list[Callable[[], None]]
+    ) -> tuple[int | None, int | None]:
         """Return the descriptors of standard output and error; None for our own."""
-        if routes[0] == routes[1] and routes[0].log_format != "json":
-            fd = self.open_stream("stdout", routes[0], files, sources)
-            return [fd, routes[0].target if fd is None else fd]  # type: ignore[list-item]
-        names = ("stdout", "stderr")
-        return [self.open_stream(*pair, files, sources) for pair in zip(names, routes)]
+        log_format = self.supervisor.config.log_format
+        out, err = (
+            route(self.program, one, log_format) for one in ("stdout", "stderr")
+        )
+        fd = self.open_stream("stdout", out, files, sources)
+        if out == err and out.log_format != "json":
+            return fd, fd  # one pipe keeps the order of the two
+        return fd, self.open_stream("stderr", err, files, sources)
 
     def open_stream(
         self,
@@ -4155,8 +3674,10 @@ class Process:
         where: Route,
         files: list[int],
         sources: list[Callable[[], None]],
-    ) -> int | None:
+    ) -> int:
         """Open a log file for the program itself, or a pipe for the log thread."""
+        if isinstance(where.target, int) and where.direct:
+            return where.target
         if isinstance(where.target, str):
             try:
                 fd, _ = open_log(where.target)
@@ -4168,43 +3689,31 @@ class Process:
                 files.append(fd)
                 return fd
             os.close(fd)  # the log thread opens it again, and keeps it
-        elif where.direct:
-            return where.target
         read_end, write_end = os.pipe()
         read_end = self.supervisor.file_limit.out_of_the_way(read_end)
         os.set_blocking(read_end, False)
         files.append(write_end)
-        sources.append(self.make_source(read_end, stream, where))
+        sources.append(functools.partial(self.add_source, read_end, stream, where))
         return write_end
 
-    def make_source(self, fd: int, stream: str, where: Route) -> Callable[[], None]:
-        """Return the job that has the log thread read a pipe."""
+    def add_source(self, fd: int, stream: str, where: Route) -> None:
+        """Have a pipe read. Log thread."""
         supervisor, program, output = self.supervisor, self.program, self.output
         terminal = isinstance(where.target, int)
-        if terminal and output.recent is None:
-            output.recent = Feed(REMEMBERED, LAG)
-        formatter: Format | None = None
+        form: Format | None = None
         if where.log_format != "raw":
             width = supervisor.name_width if terminal else 0
-            colour = (
-                supervisor.colour_of(program.name)
-                if where.target in supervisor.ttys
-                else None
-            )
-            formatter = log_formatter(
-                where.log_format, program.name, stream, width, colour
-            )
-        shared = supervisor.targets.get(where.target, 0) > 1
-
-        def add() -> None:
-            log = supervisor.log
-            sink = log.sink(
-                where.target, program.logfile_maxbytes, program.logfile_backups
-            )
-            recent = output.recent if terminal else None
-            log.add(Source(fd, sink, output, recent, stream, formatter, shared))
-
-        return add
+            colour = None
+            if where.target in supervisor.ttys:
+                colour = COLOURS[
+                    list(supervisor.processes).index(self.name) % len(COLOURS)
+                ]
+            form = log_formatter(where.log_format, program.name, stream, width, colour)
+        shared = supervisor.sharers.get(where.target, 0) > 1
+        log = supervisor.log
+        sink = log.sink(where.target, program.logfile_maxbytes, program.logfile_backups)
+        recent = output.recent if terminal else None
+        log.add(Source(fd, sink, output, recent, stream, form, shared))
 
     def spawn(
         self, argv: tuple[str, ...], files: tuple[int, int | None, int | None]
@@ -4215,8 +3724,8 @@ class Process:
         extra = dict(supervisor.variables)
         if program.type == "notify":
             extra["NOTIFY_SOCKET"] = supervisor.notify_address()
-            if program.watchdog_secs:
-                extra["WATCHDOG_USEC"] = str(int(program.watchdog_secs * 1e6))
+        if program.watchdog_secs:
+            extra["WATCHDOG_USEC"] = str(int(program.watchdog_secs * 1e6))
         environ = program_environ(
             program, supervisor.environ, account, self.env_text, extra
         )
@@ -4224,76 +3733,74 @@ class Process:
 
     def ended(self, wait_status: int) -> None:
         """The leader was reaped."""
-        child, self.child = self.child, None
-        assert child is not None
-        report = read_report(child)
+        assert self.child
+        self.checker.cancel()
+        report, self.child = read_report(self.child), None
         if report and self.status.state is not State.STOPPING:
             code, _, reason = report.partition(" ")
             self.status = self.status._replace(state=State.STARTING, pid=None)
             self.apply(SpawnFailed(f"cannot start {self.name}: {reason}", int(code)))
             return
         survivors = send(-self.group, 0)
-        self.apply(Exited(*decode(wait_status), survivors))
-        if survivors and self.status.state is State.STOPPING:
+        if survivors:
             self.supervisor.lingering.add(self)
-            self.supervisor.look_at_groups()
+        self.apply(Exited(*decode(wait_status), survivors))
 
     def publish(self) -> None:
         """Make the status known: to HTTP threads, the log, and who depends on it."""
-        old, status, supervisor = self.snapshot.status, self.status, self.supervisor
-        if status == old and self.program is self.snapshot.program:
+        old, status, supervisor = self.snapshot, self.status, self.supervisor
+        if (status, self.program) == (old.status, old.program):
             return
-        new_run = status.pid is not None and status.pid != old.pid
-        changed = status.state is not old.state or new_run
-        now = time.time()
-        before = self.snapshot
+        new_run = status.pid is not None and status.pid != old.status.pid
+        new_state = status.state is not old.status.state
         self.snapshot = Snapshot(
             self.program,
             status,
             self.output,
             supervisor.config.log_format,
-            now if new_run else before.started_at,
-            now if status.state is not old.state else before.changed_at,
+            time.time() if new_run else old.started_at,
+            time.time() if new_state else old.changed_at,
         )
-        if self.name in supervisor.snapshots:
+        if supervisor.processes.get(self.name) is self:
             supervisor.snapshots[self.name] = self.snapshot
-        if visible(status) != visible(old):
+        if status._replace(deadline=None) != old.status._replace(deadline=None):
             supervisor.events.append(self.snapshot)
         if status.state not in (State.STARTING, State.RUNNING):
             self.checker.cancel()
-        if changed:
-            self.announce(status)
-        if (
-            changed
-            or self.snapshot.ready != before.ready
-            or status.healthy != old.healthy
-        ):
+        if new_state or new_run:
+            self.announce(old.status, status)
+        changed = (
+            self.snapshot.ready != old.ready or status.healthy != old.status.healthy
+        )
+        if new_state or new_run or changed:
             supervisor.react(self)
 
-    def announce(self, status: Status) -> None:
+    def announce(self, old: Status, status: Status) -> None:
         """Say what state it is in, and why."""
         words = [
             status.state.value,
             f"pid {status.pid}" if status.pid else "",
             status.reason,
         ]
-        bad = has_failed(status) or status.state is State.BACKOFF
-        text = ", ".join(filter(None, words))
-        self.supervisor.say(self.name, text, "warning" if bad else "info")
+        backoff = status.state is State.BACKOFF
+        if status.restarts > old.restarts and old.state is not State.BACKOFF:
+            words.append(f"after {describe_end(status)}")
+        if backoff and status.deadline is not None:
+            words.append(
+                f"restart in {max(status.deadline - time.monotonic(), 0):.2g} s"
+            )
+        level = "warning" if backoff or has_failed(status) else "info"
+        self.supervisor.say(self.name, ", ".join(filter(None, words)), level)
 
     def block(self) -> None:
         """Learn anew what it has to wait for."""
         others = self.supervisor.processes
-        program = self.successor or self.program
-        names = [name for name in program.depends_on if name in others]
-        event = blocked_by({name: others[name].known for name in names})
+        names = [one for one in (self.successor or self.program).needs if one in others]
+        event = blocked_by(
+            {one: (others[one].program, others[one].status) for one in names}
+        )
         if event != (self.status.blocked, self.status.blocked_as):
             self.apply(event)
-
-
-def visible(status: Status) -> Status:
-    """Return a status without what nobody sees of it."""
-    return status._replace(deadline=None, blocked="", blocked_as="", checks_failed=0)
 
 
 class Supervisor:
@@ -4321,20 +3828,22 @@ class Supervisor:
         self.events: Feed[Snapshot | str] = Feed(MOST_EVENTS, MOST_EVENTS)
         self.children: dict[int, Callable[[int], None]] = {}
         self.lingering: set[Process] = set()  # whose leader is gone, whose group is not
-        self.leftovers: dict[int, str] = {}
+        self.leftovers: dict[int, str] = {}  # names by pid
+        self.kill_leftovers_at = 0.0
         self.deadlines = Deadlines()
-        self.listeners: list[Listener] = []
-        self.calls: deque[Callable[[], None]] = deque()
+        self.calls: deque[Callable[[], object]] = deque()
         self.notify: NotifySocket | None = None
         self.connections = 0
         self.streams = 0
         self.counts = threading.Lock()
         self.token = ""
+        self.warnings: list[str] = []  # until there is a log, and of a reload
+        self.variables: dict[str, str] = {}  # that every program gets
         self.ending = False  # a shutdown has begun
-        self.swept = False
+        self.sweep_at: float | None = None  # when orphans are killed
         self.finished = False
         self.exit_code = 0
-        self.began_ending = 0.0
+        self.told_manager = ""
         self.cleanup = contextlib.ExitStack()
 
     # --- begin and end
@@ -4356,94 +3865,74 @@ class Supervisor:
         self.token = self.read_token()
         self.selector = selectors.DefaultSelector()
         self.cleanup.callback(self.selector.close)
-        self.clean_descriptors()
         self.catch_signals()
-        warnings = self.bind_all()
+        self.bind_all()
         self.log = LogThread(self.config.log_format == "json")
+        self.cleanup.callback(self.release_followers)
         self.cleanup.callback(self.log.close)
-        self.cleanup.callback(self.events.close)
         self.file_limit = FileLimit()
         self.cleanup.callback(lambda: self.file_limit.set(self.file_limit.soft))
-        for warning in warnings:
-            self.say("", warning, "warning")
-        self.write_pidfile()
+        for fd in inherited_descriptors():
+            os.set_inheritable(fd, False)
+        self.null_fd = open_null()
+        self.cleanup.callback(os.close, self.null_fd)
         self.spared = children_before()
         if not become_subreaper() and sys.platform == "linux":
-            self.say("", "cannot become a subreaper: orphans go to PID 1", "warning")
-        digest = path_hash(self.config.path)
-        run = f"{digest}.{os.getpid()}.{start_time(os.getpid())}"
-        self.variables = {RUN_VARIABLE: run} if self.config.path else {}
+            self.warnings.append("cannot become a subreaper: orphans go to PID 1")
+        self.write_pidfile()
+        self.say_warnings()
         if self.lifeline is not None:
             self.selector.register(
                 self.lifeline, selectors.EVENT_READ, self.lose_lifeline
             )
-        for one in self.listeners:
-            if one.is_control:
-                self.variables["SUPERVISOR_SERVER_URL"] = f"unix://{one.address.path}"
         self.add_programs(self.config.programs.values())
         if self.config.path:
-            self.end_leftovers(digest)
-        self.keep_manager_informed()
-
-    def clean_descriptors(self) -> None:
-        """See that nothing inherited is handed on, and have /dev/null at hand."""
-        for name in (
-            os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else map(str, range(256))
-        ):
-            if int(name) > 2:
-                with contextlib.suppress(OSError):
-                    os.set_inheritable(int(name), False)
-        try:
-            self.null_fd = os.open(os.devnull, os.O_RDWR)
-        except OSError:  # a bare root: a pipe without a writer reads as empty, too
-            self.null_fd, write_end = os.pipe()
-            os.close(write_end)
-        self.cleanup.callback(os.close, self.null_fd)
+            run = (
+                f"{path_hash(self.config.path)}.{os.getpid()}.{start_time(os.getpid())}"
+            )
+            self.variables[RUN_VARIABLE] = run
+            self.end_leftovers()
 
     def catch_signals(self) -> None:
-        """Have signals arrive as bytes in a pipe, and none ignored or blocked in programs.
+        """Have signals arrive as bytes in a pipe; none is ignored in programs.
 
         The handlers do nothing: a handler in Python has to be set for the wake-up
-        descriptor to get its byte.
+        descriptor to get its byte. SIGPIPE and SIGXFSZ, which the interpreter ignores,
+        are reset by Popen.
         """
-        self.wake_read, self.wake_write = os.pipe()
-        for fd in (self.wake_read, self.wake_write):
+        self.wake_read, self.wake_write = wake = os.pipe()
+        for fd in wake:
             os.set_blocking(fd, False)
             self.cleanup.callback(os.close, fd)
         self.selector.register(self.wake_read, selectors.EVENT_READ, self.read_wakeups)
         before = signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
         self.cleanup.callback(signal.set_wakeup_fd, before)
         wanted = {*ENDINGS, signal.SIGCHLD, signal.SIGHUP, signal.SIGUSR2}
-        # SIGPIPE and SIGXFSZ, which the interpreter ignores, are reset by Popen.
-        spared = {signal.SIGPIPE, signal.SIGXFSZ, signal.SIGKILL, signal.SIGSTOP}
-        for number in signal.valid_signals() - spared:
+        fixed = {signal.SIGPIPE, signal.SIGXFSZ, signal.SIGKILL, signal.SIGSTOP}
+        for number in signal.valid_signals() - fixed:
             handler = signal.getsignal(number)
-            if number in wanted:
+            if number in wanted or handler == signal.SIG_IGN:  # from nohup, say
                 self.cleanup.callback(signal.signal, number, handler or signal.SIG_DFL)
-                signal.signal(number, lambda number, frame: None)
-            elif handler == signal.SIG_IGN:  # inherited, from nohup say
-                self.cleanup.callback(signal.signal, number, handler)
                 signal.signal(number, lambda number, frame: None)
         mask = signal.pthread_sigmask(signal.SIG_SETMASK, ())
         self.cleanup.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
 
-    def bind_all(self) -> list[str]:
-        """Bind the control socket and all addresses; return warnings."""
-        config, warnings = self.config, []
-        if config.control and (config.path or config.control != "auto"):
+    def bind_all(self) -> None:
+        """Bind the control socket and all addresses; raises SupervisorError."""
+        config, warnings, path = self.config, self.warnings, ""
+        if config.path or config.control != "auto":
             try:
                 path = control_path(config.control, config.path)
-                self.listen(Address(path=path), is_control=True)
+                if path:
+                    self.listen(Address(path=path), is_control=True)
+                    self.variables["SUPERVISOR_SERVER_URL"] = f"unix://{path}"
             except OSError as error:
-                text = f"control socket {error.filename or ''}".rstrip()
-                reason = error.strerror or str(error)
+                place = f"the control socket {path or error.filename}"
+                reason = f"{place}: {error.strerror or error}"
                 if error.errno in (errno.EADDRINUSE, errno.EEXIST):
-                    raise SupervisorError(
-                        f"cannot listen on {text}: {reason}"
-                    ) from None
-                warnings.append(f"no {text}: {reason}; the verbs need another way in")
-        for text in filter(None, config.listen):
-            address = parse_address(text)
+                    raise SupervisorError(f"cannot listen on {reason}") from None
+                warnings.append(f"cannot have {reason}; the verbs need another way in")
+        for address in map(parse_address, filter(None, config.listen)):
             try:
                 self.listen(address)
             except OSError as error:
@@ -4451,29 +3940,27 @@ class Supervisor:
                 if os.getpid() != 1:
                     raise SupervisorError(reason) from None
                 warnings.append(reason)  # a container's programs run all the same
-                continue
-            if not address.path and not address.is_loopback and not self.token:
-                warnings.append(
-                    f"{address} is open to the network, for reading: no token is set"
-                )
-        return warnings
+            else:
+                if not (address.path or address.is_loopback or self.token):
+                    warnings.append(f"{address} is open for reading, no token is set")
 
     def listen(self, address: Address, is_control: bool = False) -> None:
-        bound = bind(address, private=is_control)
-        bound.setblocking(False)
+        try:
+            bound = bind(address, private=is_control)
+        except OSError as error:
+            if address.host != "::" or error.errno not in NO_IPV6:
+                raise
+            bound = bind(address._replace(host="0.0.0.0"))
         self.cleanup.callback(bound.close)
         if address.path:
-            inode = os.stat(address.path).st_ino
-            self.cleanup.callback(remove_file, address.path, inode)
-        elif address.port == 0:
-            address = address._replace(port=bound.getsockname()[1])
-        listener = Listener(bound, address, is_control)
-        self.listeners.append(listener)
-        self.watch(listener)
+            self.cleanup.callback(
+                remove_file, address.path, os.stat(address.path).st_ino
+            )
+        self.watch(Listener(bound, address, is_control))
 
     def watch(self, listener: Listener) -> None:
-        job = functools.partial(self.accept, listener)
-        self.selector.register(listener.socket, selectors.EVENT_READ, job)
+        accept = functools.partial(self.accept, listener)
+        self.selector.register(listener.socket, selectors.EVENT_READ, accept)
 
     def write_pidfile(self) -> None:
         path = self.config.pidfile
@@ -4484,9 +3971,7 @@ class Supervisor:
                 file.write(f"{os.getpid()}\n")
             self.cleanup.callback(remove_file, path, os.stat(path).st_ino)
         except OSError as error:
-            self.say(
-                "", f"cannot write the pidfile {path!r}: {error.strerror}", "warning"
-            )
+            self.warnings.append(f"cannot write the pidfile {path!r}: {error.strerror}")
 
     def read_token(self) -> str:
         """Return the token of the configuration; raises SupervisorError."""
@@ -4495,33 +3980,32 @@ class Supervisor:
             return self.config.token
         try:
             with open(path, encoding="utf-8") as file:
+                if os.fstat(file.fileno()).st_mode & 0o077:
+                    self.warnings.append(f"token_file {path!r} can be read by others")
                 return file.read().strip()
         except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8"
-            raise SupervisorError(
-                f"cannot read token_file {path!r}: {reason}"
-            ) from None
+            raise SupervisorError(f"cannot read token_file {path!r}: {error}") from None
 
     # --- the loop
 
     def turn(self) -> None:
         """Sleep until something happens, and do what it asks for."""
         nearest = self.deadlines.nearest()
-        sleep = None if nearest is None else nearest - time.monotonic()
-        if sleep is not None:
-            sleep = min(max(sleep, 0), LONGEST_SLEEP)
+        sleep = None
+        if nearest is not None:
+            sleep = min(max(nearest - time.monotonic(), 0), LONGEST_SLEEP)
         for key, _ in self.selector.select(sleep):
             key.data()
         self.deadlines.call_due(time.monotonic())
 
-    def post(self, call: Callable[[], None]) -> None:
+    def post(self, call: Callable[[], object]) -> None:
         """Have the main thread call something. Any thread."""
         self.calls.append(call)
         with contextlib.suppress(OSError):  # full: it is awake anyway; closed: too late
             os.write(self.wake_write, b"\0")
 
     def ask(self, question: Callable[[], T]) -> T:
-        """Have the main thread call something; return or raise its result. Any other."""
+        """Have the main thread call something; return or raise its result."""
         answers: list[T | SupervisorError] = []
         done = threading.Event()
 
@@ -4544,19 +4028,23 @@ class Supervisor:
         if LEVELS[level] >= self.level:
             self.log.say(name, text, level)
 
+    def say_warnings(self) -> None:
+        for warning in self.warnings:
+            self.say("", warning, "warning")
+        self.warnings.clear()
+
     def read_wakeups(self) -> None:
-        try:
-            numbers = set(os.read(self.wake_read, 65536))
-        except BlockingIOError:
-            return
+        numbers = set(os.read(self.wake_read, 65536))
         if signal.SIGCHLD in numbers:
             self.reap()
             self.look_at_groups()
             if self.ending:
                 self.finish_if_done()
-        for number in ENDINGS:
-            if number in numbers:
-                self.end(number)
+        for number in numbers.intersection(ENDINGS):
+            if self.ending:
+                self.kill_all(f"{signal_name(number)} during the shutdown")
+            else:
+                self.begin_shutdown(0, signal_name(number))
         if signal.SIGHUP in numbers:
             self.reload_by_signal()
         if signal.SIGUSR2 in numbers:
@@ -4567,32 +4055,30 @@ class Supervisor:
     def reap(self) -> bool:
         """Collect every child that has ended, orphans too; return whether any is left.
 
-        One SIGCHLD may stand for many ends.
+        One SIGCHLD may stand for many ends. What is started again meanwhile may end at
+        once: it is for the next turn, or this would never return.
         """
-        while True:
-            try:
-                pid, wait_status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return False
-            if pid == 0:
-                return True
+        ends = []
+        with contextlib.suppress(ChildProcessError):
+            while (end := os.waitpid(-1, os.WNOHANG))[0]:
+                ends.append(end)
+            ends.append((0, 0))
+        for pid, wait_status in ends:
             ended = self.children.pop(pid, None)
             if ended:
                 ended(wait_status)
-            else:
+            elif pid:
                 self.say("", f"reaped orphan {pid}", "debug")
+        return (0, 0) in ends
 
     def look_at_groups(self) -> None:
-        """Notice that a group is empty; one that is not our child makes no SIGCHLD."""
+        """Notice that a group is empty; not every end makes a SIGCHLD."""
         for process in list(self.lingering):
-            over = (
-                process.status.state is not State.STOPPING or process.child is not None
-            )
-            if not over and not send(-process.group, 0):
-                process.apply(Emptied())
-                over = True
-            if over:
+            if process.child or process.status.state is not State.STOPPING:
+                self.lingering.discard(process)  # it has been settled already
+            elif not send(-process.group, 0):
                 self.lingering.discard(process)
+                process.apply(Emptied())
         again = time.monotonic() + TICK if self.lingering else None
         self.deadlines.set(self.look_at_groups, again)
 
@@ -4611,14 +4097,12 @@ class Supervisor:
         connection.setblocking(True)
         with self.counts:
             full = not listener.is_control and self.connections >= MOST_CONNECTIONS
-            self.connections += not full and not listener.is_control
+            self.connections += not (full or listener.is_control)
         if full:
             turn_away(connection)
-            return
-        thread = threading.Thread(
-            target=self.converse, args=(listener, connection), daemon=True
-        )
-        thread.start()
+        else:
+            work = functools.partial(self.converse, listener, connection)
+            threading.Thread(target=work, daemon=True).start()
 
     def converse(self, listener: Listener, connection: socket.socket) -> None:
         """Serve one connection, in its thread."""
@@ -4630,17 +4114,17 @@ class Supervisor:
                 self.connections -= not listener.is_control
 
     @contextlib.contextmanager
-    def stream_slot(self) -> Iterator[None]:
-        """Hold one of the places for streams; raises HttpError 503."""
+    def stream_slot(self, listener: Listener) -> Iterator[None]:
+        """Hold one of the places for streams; raises HttpError 503. Any thread."""
         with self.counts:
-            if self.streams >= MOST_STREAMS:
+            if self.streams >= MOST_STREAMS and not listener.is_control:
                 raise HttpError(503, f"{MOST_STREAMS} streams are open already")
-            self.streams += 1
+            self.streams += not listener.is_control
         try:
             yield
         finally:
             with self.counts:
-                self.streams -= 1
+                self.streams -= not listener.is_control
 
     # --- programs
 
@@ -4649,39 +4133,33 @@ class Supervisor:
         for program in programs:
             if program.name not in self.processes:
                 self.processes[program.name] = Process(self, program)
-        known = [name for name in self.config.programs if name in self.processes]
-        known += [name for name in self.processes if name not in self.config.programs]
-        self.processes = {name: self.processes[name] for name in known}
+        names = dict.fromkeys([*self.config.programs, *self.processes])
+        self.processes = {name: self.processes[name] for name in names}
         self.snapshots = {name: one.snapshot for name, one in self.processes.items()}
-        definitions = [self.config.programs.get(name) for name in known]
-        self.survey([one for one in definitions if one])
         for process in self.processes.values():
             process.dependents = []
         for process in self.processes.values():
-            for name in (process.successor or process.program).depends_on:
+            for name in (process.successor or process.program).needs:
                 if name in self.processes:
                     self.processes[name].dependents.append(process)
+        self.survey()
 
-    def survey(self, programs: list[Program]) -> None:
-        """Learn what all programs together decide: the width of names, who shares files."""
-        self.targets: dict[int | str, int] = {}
+    def survey(self) -> None:
+        """Learn what programs decide together: the width of names, who shares files."""
+        self.sharers: dict[int | str, int] = {}
         self.ttys = {
-            fd for fd in (1, 2) if os.isatty(fd) and "NO_COLOR" not in self.environ
+            fd for fd in (1, 2) if os.isatty(fd) and not self.environ.get("NO_COLOR")
         }
-        shown_names = [0]
-        for program in programs:
-            both = [
+        self.name_width = 0
+        for name, program in self.config.programs.items():
+            both = {
                 route(program, one, self.config.log_format)
                 for one in ("stdout", "stderr")
-            ]
+            }
             for target in {one.target for one in both}:
-                self.targets[target] = self.targets.get(target, 0) + 1
+                self.sharers[target] = self.sharers.get(target, 0) + 1
             if any(isinstance(one.target, int) and not one.direct for one in both):
-                shown_names.append(len(program.name))
-        self.name_width = max(shown_names)
-
-    def colour_of(self, name: str) -> int:
-        return COLOURS[list(self.processes).index(name) % len(COLOURS)]
+                self.name_width = max(self.name_width, len(name))
 
     def start_all(self) -> None:
         """Start what is to be started, in the order of the file."""
@@ -4691,6 +4169,7 @@ class Supervisor:
             if process.program.autostart:
                 process.apply(Start())
         self.finish_if_done()
+        self.keep_manager_informed()
 
     def is_gone(self, name: str) -> bool:
         """Return whether a program was removed, or everything is over. Any thread."""
@@ -4701,39 +4180,43 @@ class Supervisor:
         for dependent in process.dependents:
             dependent.block()
         status = process.status
-        if status.is_alive:
-            self.keep_manager_informed()
-            return
-        if process.successor:
-            process.take_successor()
-            process.block()
-        if process.removed and self.processes.get(process.name) is process:
-            del self.processes[process.name]
-            self.snapshots = {
-                name: one.snapshot for name, one in self.processes.items()
-            }
-            self.events.append(process.name)
-        if status.state in (State.EXITED, State.FATAL):
-            program = process.program
-            wish = program.on_failure if has_failed(status) else program.on_success
-            if wish == "shutdown" and not self.ending:
-                self.begin_shutdown(exit_status(status), f"{process.name} has ended")
-        if self.ending:
-            self.stop_next(process)
-        self.finish_if_done()
+        if not status.is_alive:
+            if process.successor:
+                process.take_successor()
+                process.block()
+            if process.removed and self.processes.get(process.name) is process:
+                del self.processes[process.name]
+                del self.snapshots[process.name]
+                self.events.append(process.name)
+            if status.state in (State.EXITED, State.FATAL):
+                program = process.program
+                wish = program.on_failure if has_failed(status) else program.on_success
+                if wish == "shutdown":
+                    self.begin_shutdown(
+                        exit_status(status), f"{process.name} has ended"
+                    )
+            if self.ending:
+                for name in process.program.needs:
+                    if name in self.processes:
+                        self.stop_unless_needed(self.processes[name])
+            self.finish_if_done()
         self.keep_manager_informed()
 
     def order(self, verb: str, names: list[str]) -> tuple[int, dict[str, Snapshot]]:
         """Start, stop or restart programs; return where the events after it begin."""
         if self.ending and verb != "stop":
             raise SupervisorError("cannot start anything: shutting down")
-        event = {"start": Start(), "stop": Stop(), "restart": Restart()}[verb]
         chosen = [self.processes[name] for name in names if name in self.processes]
         for process in chosen:
-            process.apply(event)  # type: ignore[arg-type]
+            orders: dict[str, Event] = {
+                "start": Start(),
+                "stop": Stop(),
+                "restart": Restart(),
+            }
+            process.apply(orders[verb])
         return self.events.end, {one.name: one.snapshot for one in chosen}
 
-    def signal_programs(self, number: int, names: list[str]) -> list[Snapshot]:
+    def signal(self, number: int, names: list[str]) -> list[Snapshot]:
         chosen = [self.processes[name] for name in names if name in self.processes]
         for process in chosen:
             if process.status.is_alive:
@@ -4747,16 +4230,14 @@ class Supervisor:
         if self.notify is None:
             self.notify = NotifySocket()
             self.cleanup.callback(self.notify.socket.close)
-            self.selector.register(
-                self.notify.socket, selectors.EVENT_READ, self.read_notifications
-            )
+            readable = self.read_notifications
+            self.selector.register(self.notify.socket, selectors.EVENT_READ, readable)
         return self.notify.address
 
     def read_notifications(self) -> None:
         """Take what programs say of themselves, a bounded number at a time."""
-        assert self.notify is not None
         for _ in range(64):
-            message = self.notify.receive()
+            message = self.notify.receive() if self.notify else None
             if message is None:
                 return
             process = self.owner(message[0])
@@ -4773,165 +4254,145 @@ class Supervisor:
                     process.apply(Text(value))
 
     def owner(self, pid: int) -> Process | None:
-        """Return the program that a process belongs to: by session, group or ancestry."""
-        for _ in range(64):
-            ids = {pid}
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                ids |= {os.getsid(pid), os.getpgid(pid)}
-            for one in ids:
-                ended = self.children.get(one)
-                process = getattr(ended, "__self__", None)
-                if isinstance(process, Process):
-                    return process
-            try:
+        """Return the program of a process: by session, group or ancestry."""
+        with contextlib.suppress(OSError, IndexError):
+            while pid > 1:
+                for leader in (pid, os.getsid(pid), os.getpgid(pid)):
+                    process = getattr(self.children.get(leader), "__self__", None)
+                    if isinstance(process, Process):
+                        return process
                 with open(f"/proc/{pid}/stat", "rb") as file:
                     pid = int(file.read().rpartition(b")")[2].split()[1])
-            except (OSError, IndexError):
-                return None
-            if pid <= 1:
-                return None
         return None
 
     # --- leftovers of a supervisor that was killed
 
-    def end_leftovers(self, digest: str) -> None:
-        """End what a dead supervisor of this configuration left; programs wait for it."""
-        self.leftovers = find_leftovers(digest)
-        if not self.leftovers:
-            return
-        names = ", ".join(
-            f"{name} ({pid})" for pid, name in sorted(self.leftovers.items())
-        )
-        self.say("", f"ending what a killed supervisor left: {names}", "warning")
-        now, longest = time.monotonic(), 0.0
-        for pid, name in self.leftovers.items():
-            program = self.config.programs.get(name)
-            number = signal_number(program.stopsignal if program else "TERM")
-            longest = max(longest, program.stopwaitsecs if program else DEFAULT_STOP)
-            send(pid, number)
-            send(pid, signal.SIGCONT)
-        self.leftover_deadline = now + longest
-        self.deadlines.set(self.look_at_leftovers, now + TICK)
+    def end_leftovers(self) -> None:
+        """End what a dead supervisor of this configuration left; programs wait for it.
 
-    def look_at_leftovers(self) -> None:
-        """Go on once they are gone; they are no children, so they are looked at."""
-        now = time.monotonic()
-        self.leftovers = {
-            pid: name for pid, name in self.leftovers.items() if start_time(pid)
-        }
-        if self.leftovers and now < self.leftover_deadline + SWEEP:
-            if now >= self.leftover_deadline:
-                for pid in self.leftovers:
-                    send(pid, signal.SIGKILL)
-            self.deadlines.set(self.look_at_leftovers, now + TICK)
-            return
-        self.leftovers = {}
-        if self.ending:
-            self.finish_if_done()
-        else:
-            self.start_all()
+        They are no children, so they are looked at; and what they start on the way is
+        found as well.
+        """
+        now, before = time.monotonic(), self.leftovers
+        self.leftovers = find_leftovers(path_hash(self.config.path))
+        fresh = sorted(self.leftovers.items() - before.items())
+        if fresh:
+            names = ", ".join(f"{name} ({pid})" for pid, name in fresh)
+            self.say("", f"ending what a killed supervisor left: {names}", "warning")
+        for pid, name in fresh:
+            program = self.config.programs.get(name, Program(name, name))
+            if not before:
+                due = now + program.stopwaitsecs
+                self.kill_leftovers_at = max(self.kill_leftovers_at, due)
+            send(pid, signal_number(program.stopsignal))
+            send(pid, signal.SIGCONT)
+        if self.leftovers and now < self.kill_leftovers_at + SWEEP:
+            for pid in self.leftovers if now >= self.kill_leftovers_at else ():
+                send(pid, signal.SIGKILL)
+            self.deadlines.set(self.end_leftovers, now + TICK)
+        elif before:
+            self.leftovers = {}
+            self.finish_if_done() if self.ending else self.start_all()
 
     # --- reload
 
     def reload_by_signal(self) -> None:
         try:
             self.reload()
-        except ConfigError as error:
-            for line in error.errors:
-                self.say("", f"cannot reload: {line}", "error")
         except SupervisorError as error:
-            self.say("", f"cannot reload: {error}", "error")
+            for line in getattr(error, "errors", [error]):
+                self.say("", f"cannot reload: {line}", "error")
 
     def reload(self) -> dict[str, Any]:
-        """Read the file anew and become what it says; raises ConfigError, changing nothing."""
-        if self.ending:
-            raise SupervisorError("shutting down")
-        if not self.config.path:
-            raise SupervisorError("there is no configuration file")
-        new = load_config(self.config.path)._replace(**self.overrides)
-        old, self.config = self.config, new
+        """Read the file anew and become what it says; raises ConfigError first."""
+        if self.ending or not self.config.path:
+            raise SupervisorError(
+                "shutting down" if self.ending else "there is no file"
+            )
+        old = self.config
+        self.config = load_config(old.path)._replace(**self.overrides)
         try:
             self.token = self.read_token()
         except SupervisorError as error:
             self.config = old
             raise ConfigError([str(error)]) from None
-        self.log.as_json = new.log_format == "json"
+        self.say_warnings()
+        self.log.as_json = self.config.log_format == "json"
+        result = self.change_programs(self.config.programs)
         fixed = ("listen", "control", "pidfile")
-        stuck = [key for key in fixed if getattr(old, key) != getattr(new, key)]
-        result = self.change_programs(new)
+        stuck = [key for key in fixed if getattr(old, key) != getattr(self.config, key)]
         if stuck:
             result["needs_restart"] = stuck
             self.say("", f"a changed {', '.join(stuck)} needs a restart", "warning")
-        counts = ", ".join(
+        counts = [
             f"{len(result[key])} {key}" for key in ("added", "changed", "removed")
-        )
-        self.say("", f"reloaded: {counts}, {result['unchanged']} unchanged")
+        ]
+        self.say("", f"reloaded: {', '.join(counts)}, {result['unchanged']} unchanged")
         return result
 
-    def change_programs(self, new: Config) -> dict[str, Any]:
+    def change_programs(self, programs: Mapping[str, Program]) -> dict[str, Any]:
         """Stop, start and restart what differs; leave all else untouched."""
-        added, changed, removed = [], [], []
-        gone = [one for one in self.processes.values() if one.name not in new.programs]
-        for name, program in new.programs.items():
-            process = self.processes.get(name)
-            if process is None:
-                added.append(name)
-            elif process.removed or self.differs(process, program):
-                changed.append(name)
-                process.removed = False
-                process.successor = program
-        self.add_programs(new.programs.values())
-        for process in gone:
-            removed.append(process.name)
-            process.removed = True
-        for name in changed:
-            self.renew(self.processes[name])
+        gone = [one for one in self.processes.values() if one.name not in programs]
+        added = [name for name in programs if name not in self.processes]
+        changed, revived = [], []
+        for name in programs.keys() & self.processes.keys():
+            process = self.processes[name]
+            if process.removed or self.differs(process, programs[name]):
+                revived += [name] * process.removed
+                process.removed, process.successor = False, programs[name]
+                changed.append(process)
+            else:  # but there may be more instances of what it needs
+                process.program = process.program._replace(needs=programs[name].needs)
+        self.add_programs(programs.values())
+        for process in changed:
+            self.renew(process)
         for process in self.processes.values():
             process.block()
         for process in gone:
+            process.removed = True
             process.apply(Stop())
-            if not process.status.is_alive:
-                self.react(process)
-        for name in added:
-            if self.processes[name].program.autostart:
+            self.react(process)  # it may have been stopped before
+        for name in [*added, *revived]:
+            if programs[name].autostart:
                 self.processes[name].apply(Start())
-        unchanged = len(new.programs) - len(added) - len(changed)
+        renewed = [name for name in programs if self.processes[name] in changed]
+        unchanged = len(programs) - len(added) - len(changed)
+        names = [process.name for process in gone]
         return {
             "added": added,
-            "changed": changed,
-            "removed": removed,
+            "changed": renewed,
+            "removed": names,
             "unchanged": unchanged,
         }
 
     def differs(self, process: Process, program: Program) -> bool:
-        if program != (process.successor or process.program):
+        if program != (process.successor or process.program)._replace(
+            needs=program.needs
+        ):
             return True
-        if not program.env_file or not process.group:
-            return False
         try:
-            return read_env_files(program) != process.env_text
+            return bool(process.group) and read_env_files(program) != process.env_text
         except SpawnError:
             return True
 
     def renew(self, process: Process) -> None:
         """Give a program its new definition, and a new run if it was to be running."""
-        state = process.status.state
-        assert process.successor is not None
-        ended = state in (State.EXITED, State.FATAL) and process.successor.autostart
+        state, program = process.status.state, process.successor
+        ended = state in (State.EXITED, State.FATAL)
         if not process.status.is_alive:
             process.take_successor()
             process.publish()
         process.block()
-        if state is State.STOPPING and process.status.after is After.STOP:
-            return
-        if ended or state not in (State.STOPPED, State.EXITED, State.FATAL):
+        stopping = state is State.STOPPING and process.status.after is After.STOP
+        asleep = stopping or state is State.STOPPED
+        if program and (program.autostart if ended else not asleep):
             process.apply(Restart())
 
     def reopen_logs(self) -> None:
         self.log.reopen()
         for process in self.processes.values():
             for stream in ("stdout", "stderr"):
-                where = process.route(stream)
+                where = route(process.program, stream, self.config.log_format)
                 if (
                     where.direct
                     and isinstance(where.target, str)
@@ -4946,12 +4407,14 @@ class Supervisor:
 
     # --- the end
 
-    def end(self, number: int) -> None:
-        """A signal asks for the end; the second one for an end at once."""
-        if self.ending:
-            self.kill_all(f"{signal_name(number)} again")
-        else:
-            self.begin_shutdown(0, signal_name(number))
+    def release_followers(self) -> None:
+        """Let streams send what there still is, and end."""
+        self.events.close()
+        for process in self.processes.values():
+            process.output.recent.close()
+        end = time.monotonic() + FAREWELL
+        while self.streams and time.monotonic() < end:
+            time.sleep(TICK)
 
     def lose_lifeline(self) -> None:
         if self.lifeline is not None and not os.read(self.lifeline, 4096):
@@ -4964,7 +4427,6 @@ class Supervisor:
             return
         self.ending = True
         self.exit_code = code
-        self.began_ending = now = time.monotonic()
         self.say("", f"shutting down: {reason}")
         tell_manager("STOPPING=1")
         for process in self.processes.values():
@@ -4973,115 +4435,88 @@ class Supervisor:
                 autorestart=False, healthcheck=None
             )
             process.checker.cancel()
-            state = process.status.state
-            if state is State.STOPPING:
-                process.told = True
-            if state in (State.STOPPING, State.WAITING, State.BACKOFF):
+            process.told = process.status.state is State.STOPPING
+            if process.status.state in (State.STOPPING, State.WAITING, State.BACKOFF):
                 process.apply(Stop())
         for process in list(self.processes.values()):
             self.stop_unless_needed(process)
+        now = time.monotonic()
         self.deadlines.set(self.name_waiting, now + WAITING_FIRST)
         if self.config.shutdown_timeout is not None:
-            self.deadlines.set(self.run_out_of_time, now + self.config.shutdown_timeout)
+            late = functools.partial(self.kill_all, "shutdown_timeout is over")
+            self.deadlines.set(late, now + self.config.shutdown_timeout)
         self.finish_if_done()
 
-    def stop_next(self, process: Process) -> None:
-        """One is gone: stop what only it still needed."""
-        for name in process.program.depends_on:
-            if name in self.processes:
-                self.stop_unless_needed(self.processes[name])
-
     def stop_unless_needed(self, process: Process) -> None:
-        if process.told or not process.status.is_alive:
-            return
-        if not any(one.status.is_alive for one in process.dependents):
+        needed = any(one.status.is_alive for one in process.dependents)
+        if process.status.is_alive and not process.told and not needed:
             process.told = True
             process.apply(Stop())
 
     def name_waiting(self) -> None:
-        waiting = [one.name for one in self.processes.values() if one.status.is_alive]
-        if not waiting and self.leftovers:
-            waiting = sorted(set(self.leftovers.values()))
-        who = ", ".join(waiting) or "orphans"
-        self.say("", f"still waiting for {who}")
+        names = [one.name for one in self.processes.values() if one.status.is_alive]
+        names = names or sorted(set(self.leftovers.values())) or ["orphans"]
+        self.say("", f"still waiting for {', '.join(names)}")
         self.deadlines.set(self.name_waiting, time.monotonic() + WAITING_NEXT)
-
-    def run_out_of_time(self) -> None:
-        self.kill_all(f"shutdown_timeout of {self.config.shutdown_timeout:g} s is over")
 
     def kill_all(self, reason: str) -> None:
         self.say("", f"killing everything: {reason}", "warning")
+        self.sweep_at = self.kill_leftovers_at = time.monotonic()
         for process in list(self.processes.values()):
             if process.status.is_alive:
                 process.told = True
                 process.apply(Stop())
-                process.status = process.status._replace(deadline=time.monotonic())
+                process.status = process.status._replace(deadline=self.sweep_at)
                 process.apply(Due())
-        for pid in self.leftovers:
-            send(pid, signal.SIGKILL)
-        self.sweep_deadline = time.monotonic()
-        self.swept = True
-        self.kill_orphans()
+        self.finish_if_done()
 
     def finish_if_done(self) -> None:
-        """Notice that all has ended; called when something has."""
+        """Notice that all has ended; called when something has.
+
+        Orphans get SIGTERM together with the last level of programs, and SIGKILL when
+        the programs have been gone for a while.
+        """
+        processes, now = self.processes.values(), time.monotonic()
         if not self.ending:
             if self.config.exit_when_done and not self.leftovers:
                 self.finish_when_done()
             return
-        processes = self.processes.values()
-        if not self.swept and all(
-            one.told or not one.status.is_alive for one in processes
-        ):
-            self.begin_sweep()
-        if self.finished or self.is_busy():
+        if self.sweep_at is None:
+            if any(one.status.is_alive and not one.told for one in processes):
+                return
+            self.sweep_at = float("inf")
+            self.signal_orphans(signal.SIGTERM)
+            self.signal_orphans(signal.SIGCONT)
+        if self.leftovers or any(one.status.is_alive for one in processes):
             return
-        self.sweep_deadline = min(self.sweep_deadline, time.monotonic() + SWEEP)
-        self.kill_orphans()
-
-    def is_busy(self) -> bool:
-        """Return whether there is more to wait for than orphans."""
-        living = any(one.status.is_alive for one in self.processes.values())
-        return living or bool(self.leftovers)
-
-    def begin_sweep(self) -> None:
-        """Ask orphans to end, together with the last level of programs."""
-        self.swept = True
-        self.sweep_deadline = float("inf")
-        for pid in self.orphans():
-            send(pid, signal.SIGTERM)
-            send(pid, signal.SIGCONT)
+        self.sweep_at = min(self.sweep_at, now + SWEEP)
+        none_left = not self.reap() or not self.orphans()
+        if now >= self.sweep_at:
+            self.signal_orphans(signal.SIGKILL)
+        self.finished = none_left or now >= self.sweep_at + SWEEP
+        self.deadlines.set(self.finish_if_done, None if self.finished else now + TICK)
 
     def orphans(self) -> list[int]:
         """Return what is ours to reap and no program's: what has left its program."""
-        return descendants(os.getpid(), self.children.keys() | self.spared)
+        groups = {one.group for one in self.processes.values() if one.status.is_alive}
+        return descendants(os.getpid(), self.children.keys() | self.spared | groups)
 
-    def kill_orphans(self) -> None:
-        """End the run when no child is left, or cannot be ended; kill at the deadline."""
-        if self.is_busy():
-            return
-        now = time.monotonic()
-        none_left = not self.reap() or (self.spared and not self.orphans())
-        if now >= self.sweep_deadline:
-            for pid in self.orphans():
-                send(pid, signal.SIGKILL)
-        if none_left or now >= self.sweep_deadline + SWEEP:
-            self.finished = True
-            return
-        self.deadlines.set(self.kill_orphans, now + TICK)
+    def signal_orphans(self, number: int) -> None:
+        for pid in self.orphans():
+            send(pid, number)
 
     def finish_when_done(self) -> None:
         """With `exit_when_done`, shut down once every program has ended for good."""
-        code = 0
+        codes = []
         for process in self.processes.values():
             status = process.status
-            vain = status.state is State.WAITING and status.blocked_as == "failed"
-            ended = status.state in (State.STOPPED, State.EXITED, State.FATAL)
-            if not ended and not vain:
+            if status.state is State.WAITING and status.blocked_as == "failed":
+                codes.append(1)
+            elif status.state not in (State.STOPPED, State.EXITED, State.FATAL):
                 return
-            if not code and (vain or has_failed(status)):
-                code = 1 if vain else exit_status(status)
-        self.begin_shutdown(code, "all programs have ended")
+            elif has_failed(status):
+                codes.append(exit_status(status))
+        self.begin_shutdown([*codes, 0][0], "all programs have ended")
 
     # --- who runs us
 
@@ -5090,15 +4525,21 @@ class Supervisor:
         if "NOTIFY_SOCKET" not in self.environ or self.ending:
             return
         wanted = [one for one in self.processes.values() if one.program.autostart]
-        missing = [one.name for one in wanted if not one.snapshot.ready and not (
-            one.status.state is State.EXITED and one.status.succeeded)]  # fmt: skip
-        state = (
-            f"waiting for {', '.join(missing)}" if missing else "all programs are ready"
+        done = (True, State.EXITED)
+        missing = [one.name for one in wanted
+                   if not one.snapshot.ready
+                   and (one.status.succeeded, one.status.state) != done]  # fmt: skip
+        text = (
+            f"STATUS=waiting for {', '.join(missing)}"
+            if missing
+            else "READY=1\nSTATUS=ready"
         )
-        tell_manager(f"STATUS={state}" if missing else f"READY=1\nSTATUS={state}")
+        if text != self.told_manager:
+            self.told_manager = text
+            tell_manager(text)
         period = self.environ.get("WATCHDOG_USEC", "")
         if period.isdecimal() and self.keep_alive not in self.deadlines.at:
-            self.deadlines.set(self.keep_alive, time.monotonic())
+            self.keep_alive()
 
     def keep_alive(self) -> None:
         tell_manager("WATCHDOG=1")
@@ -5125,15 +4566,34 @@ def open_standard_streams() -> None:
                 )  # takes the lowest that is free: this one
 
 
-def children_before() -> set[int]:
-    """Return the children that a host process had before: not ours to end. None as PID 1."""
-    if os.getpid() == 1:
-        return set()
+def inherited_descriptors() -> list[int]:
+    """Return the descriptors that a program would inherit beyond the standard ones."""
+    names = os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else map(str, range(256))
+    found = []
+    for fd in map(int, names):
+        with contextlib.suppress(OSError):
+            if fd > 2 and os.get_inheritable(fd):
+                found.append(fd)
+    return found
+
+
+def open_null() -> int:
+    """Open /dev/null; in a bare root a pipe without writer: it reads as empty, too."""
     try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return set()
-    return set(descendants(os.getpid()))
+        return os.open(os.devnull, os.O_RDWR)
+    except OSError:
+        read_end, write_end = os.pipe()
+        os.close(write_end)
+        return read_end
+
+
+def children_before() -> set[int]:
+    """Return what a host process had started before: not ours to end. None as PID 1."""
+    with contextlib.suppress(ChildProcessError):
+        if os.getpid() != 1:
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            return set(descendants(os.getpid()))
+    return set()
 
 
 # === 10. Client and command line ======================================================
@@ -5143,12 +4603,8 @@ def children_before() -> set[int]:
 DEFAULT_FILE = "supervisors.toml"
 START_TIME = 10.0  # seconds for a supervisor in a test to answer
 POLL = 0.02  # seconds between two looks of a client that waits
-VERBS = (
-    "check", "health", "logs", "reload", "restart", "shutdown", "signal", "start",
-    "status", "stop",
-)  # fmt: skip
-STATE_COLOURS = {"RUNNING": 32, "STARTING": 33, "WAITING": 33, "STOPPING": 33,
-                 "BACKOFF": 31, "FATAL": 31}  # fmt: skip
+STATE_COLOURS = dict.fromkeys(("STARTING", "WAITING", "STOPPING"), 33)
+STATE_COLOURS.update({"RUNNING": 32, "BACKOFF": 31, "FATAL": 31})
 HELP = """\
 example: python3 supervisors.py supervisors.toml
 
@@ -5185,14 +4641,16 @@ time, 4 no supervisor or no such name; status: 3 if something is not as wanted."
 class Unreachable(SupervisorError):
     """No supervisor answers at the address."""
 
+    code = 4
+
 
 class Refused(SupervisorError):
     """The supervisor answered with an error; `status` is HTTP's."""
 
     def __init__(self, status: int, content: Mapping[str, Any]) -> None:
         super().__init__(str(content.get("error", f"HTTP status {status}")))
-        self.status = status
-        self.errors = content.get("errors", [])
+        self.status, self.errors = status, content.get("errors", [])
+        self.code = 4 if status == 404 else 1
 
 
 class Client:
@@ -5206,40 +4664,35 @@ class Client:
             self.address = parse_address(address)
         except ValueError as error:
             raise SupervisorError(str(error)) from None
-        self.token = token
+        self.headers = {"Connection": "close"}
+        if token:
+            self.headers["Authorization"] = f"Bearer {token}"
 
     def open(self, method: str, path: str, timeout: float) -> http.client.HTTPResponse:
-        """Send a request; return the answer, to be read. Seconds between two packets."""
+        """Send a request; return the answer, to be read; seconds between packets."""
         with without_ssl():
             import http.client
 
-        address = self.address
-        connection = http.client.HTTPConnection(
-            address.host or "localhost", timeout=timeout
-        )
-        headers = {"Connection": "close"}
-        if self.token:
-            headers["Authorization"] = f"Bearer {self.token}"
+        path_to, host, port = self.address
+        connection = http.client.HTTPConnection(host or "localhost", timeout=timeout)
         try:
-            if address.path:
+            if path_to:
                 connection.sock = socket.socket(socket.AF_UNIX)
                 connection.sock.settimeout(timeout)
-                connection.sock.connect(address.path)
+                connection.sock.connect(path_to)
             else:
-                place = (address.host, address.port)
-                connection.sock = socket.create_connection(place, timeout)
-        except OSError as error:
-            connection.close()
-            raise Unreachable(f"{address}: {error.strerror or error}") from None
-        try:
-            connection.request(method, path, headers=headers)
+                connection.sock = socket.create_connection((host, port), timeout)
+            connection.request(method, path, headers=self.headers)
             return connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
             connection.close()
-            raise Unreachable(f"{address}: {error or type(error).__name__}") from None
+            reason = (
+                getattr(error, "strerror", "") or str(error) or type(error).__name__
+            )
+            raise Unreachable(f"{self.address}: {reason}") from None
 
-    def ask(self, method: str, path: str, timeout: float = 10.0, also: int = 0) -> Any:
-        """Return the JSON of an answer; raises Refused for errors other than `also`."""
+    def ask(self, method: str, path: str, timeout: float = 10.0) -> Any:
+        """Return the JSON of an answer; raises Refused for an error."""
         import json
 
         with self.open(method, path, timeout) as response:
@@ -5247,30 +4700,25 @@ class Client:
                 content = json.loads(response.read())
             except (OSError, ValueError) as error:
                 raise Unreachable(f"{self.address}: {error}") from None
-            if response.status >= 400 and response.status != also:
-                raise Refused(response.status, content)
-            return content
+        if response.status >= 400 and "programs" not in content:  # as in ill health
+            raise Refused(response.status, content)
+        return content
 
     def status(self, name: str | None = None) -> Any:
         """Return one program's status object, or a list of them."""
         return self.ask("GET", "/status" if name is None else f"/status/{quote(name)}")
 
-    def health(self, name: str | None = None) -> dict[str, Any]:
+    def health(self, name: str | None = None) -> Any:
         """Return `status` ("ok", "starting", "failing") and the `programs` not well."""
-        path = "/health" if name is None else f"/health/{quote(name)}"
-        answer: dict[str, Any] = self.ask("GET", path, also=503)
-        if "status" not in answer:
-            raise Refused(503, answer)
-        return answer
+        return self.ask("GET", "/health" if name is None else f"/health/{quote(name)}")
 
     def order(self, verb: str, name: str, wait: float) -> Any:
         wait = min(max(wait, 0.0), MOST_WAIT)
-        return self.ask(
-            "POST", f"/programs/{quote(name)}/{verb}?wait={wait}", wait + ASK_TIME
-        )
+        path = f"/programs/{quote(name)}/{verb}?wait={wait}"
+        return self.ask("POST", path, wait + ASK_TIME)
 
     def start(self, name: str, wait: float = 60.0) -> Any:
-        """Start a program; return its status when it is ready, has failed, or is late."""
+        """Start a program; return its status once it is ready, failed, or late."""
         return self.order("start", name, wait)
 
     def stop(self, name: str, wait: float = 60.0) -> Any:
@@ -5280,45 +4728,37 @@ class Client:
         return self.order("restart", name, wait)
 
     def signal(self, name: str, signal: str) -> Any:
-        return self.ask(
-            "POST", f"/programs/{quote(name)}/signal?signal={quote(signal)}"
-        )
+        path = f"/programs/{quote(name)}/signal?signal={quote(signal)}"
+        return self.ask("POST", path)
 
     def logs(self, name: str, lines: int = 100) -> str:
-        with self.open_logs(name, lines, follow=False) as response:
+        with self.open_logs(name, lines, 0) as response:
             return response.read().decode(errors="replace")
 
-    def open_logs(
-        self, name: str, lines: int, *, follow: bool
-    ) -> http.client.HTTPResponse:
+    def open_logs(self, name: str, lines: int, follow: int) -> http.client.HTTPResponse:
         import json
 
-        path = f"/programs/{quote(name)}/logs?lines={lines}&follow={int(follow)}"
+        path = f"/programs/{quote(name)}/logs?lines={lines}&follow={follow}"
         response = self.open("GET", path, 30.0)
-        if response.status != 200:
-            with response:
-                raise Refused(response.status, json.loads(response.read()))
-        return response
+        if response.status == 200:
+            return response
+        with response:
+            raise Refused(response.status, json.loads(response.read()))
 
-    def reload(self) -> dict[str, Any]:
+    def reload(self) -> Any:
         """Have the configuration read anew; return what was added, changed, removed."""
-        answer: dict[str, Any] = self.ask("POST", "/reload", 30.0)
-        return answer
+        return self.ask("POST", "/reload", 30.0)
 
     def shutdown(self) -> None:
         """Ask for the end of everything; returns before that has come."""
         self.ask("POST", "/shutdown")
 
     def wait_healthy(self, timeout: float = 30.0) -> None:
-        """Wait until all that is wanted is well; raises SupervisorError with what is not."""
+        """Wait until all that is wanted is well; else raises SupervisorError."""
         end = time.monotonic() + timeout
-        while True:
-            answer = self.health()
-            if answer["status"] == "ok":
-                return
+        while (answer := self.health())["status"] != "ok":
             if time.monotonic() >= end:
-                programs = answer["programs"].items()
-                reasons = "; ".join(f"{name}: {reason}" for name, reason in programs)
+                reasons = "; ".join(map(": ".join, answer["programs"].items()))
                 raise SupervisorError(f"not healthy after {timeout:g} s: {reasons}")
             time.sleep(POLL)
 
@@ -5342,30 +4782,26 @@ def running(config: str | os.PathLike[str] | Mapping[str, Any]) -> Iterator[Clie
     with tempfile.TemporaryDirectory(prefix="supervisors-") as folder:
         path = f"{folder}/supervisors.toml"
         if isinstance(config, Mapping):
+            lines = [f"{to_toml(key)} = {to_toml(config[key])}\n" for key in config]
             with open(path, "w", encoding="utf-8") as file:
-                file.writelines(
-                    f"{to_toml(k)} = {to_toml(v)}\n" for k, v in config.items()
-                )
+                file.writelines(lines)
         else:
             path = os.fspath(config)
         lifeline, hold = os.pipe()
         private = f"--private={folder}/s,{lifeline}"
         argv = [sys.executable, os.path.abspath(__file__), private, "-c", path]
         try:
-            popen = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, pass_fds=[lifeline]
-            )
+            null = subprocess.DEVNULL
+            popen = subprocess.Popen(argv, stdin=null, pass_fds=[lifeline])
+            try:
+                client = Client(f"unix:{folder}/s")
+                wait_for(client, popen)
+                yield client
+            finally:
+                os.close(hold)  # the only one: the supervisor sees the end of file
+                popen.wait()
         finally:
             os.close(lifeline)
-        try:
-            client = Client(f"unix:{folder}/s")
-            wait_for(client, popen)
-            yield client
-        finally:
-            os.close(
-                hold
-            )  # the only copy of its kind: the supervisor sees the end of file
-            popen.wait()
 
 
 def wait_for(client: Client, popen: subprocess.Popen[bytes]) -> None:
@@ -5377,10 +4813,8 @@ def wait_for(client: Client, popen: subprocess.Popen[bytes]) -> None:
             return
         except Unreachable:
             if popen.poll() is not None:
-                code = popen.returncode
-                raise SupervisorError(
-                    f"the supervisor ended with exit status {code}"
-                ) from None
+                text = f"the supervisor ended with exit status {popen.returncode}"
+                raise SupervisorError(text) from None
             if time.monotonic() >= end:
                 raise
             time.sleep(POLL)
@@ -5391,46 +4825,36 @@ def to_toml(value: Any) -> str:
     import json
 
     if isinstance(value, Mapping):
-        return (
-            "{"
-            + ", ".join(f"{to_toml(k)} = {to_toml(v)}" for k, v in value.items())
-            + "}"
-        )
+        pairs = [f"{to_toml(key)} = {to_toml(value[key])}" for key in value]
+        return "{" + ", ".join(pairs) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(to_toml, value)) + "]"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-class Usage(SupervisorError):
-    """A bad command line."""
-
-
-def find_clients(options: Any) -> list[Client]:
-    """Return the clients to try in turn: of -s, of -c, of the environment, of the default."""
-    if options.server:
-        return [Client(options.server, own_token({}))]
-    url = os.environ.get("SUPERVISOR_SERVER_URL", "")
-    if url and not options.configfile:
-        return [Client(url, own_token({}))]
+def find_clients(options: Any) -> Iterator[Client]:
+    """Yield the clients to try: of -s, else -c, the environment, the default file."""
+    server = os.environ.get("SUPERVISOR_SERVER_URL", "")
+    server = options.server or (server if not options.configfile else "")
     path = options.configfile or DEFAULT_FILE
-    try:
-        data = read_toml(path)
-        values = read_table(Config, data, str, [], original_environ())
-    except ConfigError:
-        values = {}  # a verb works while the file is broken
+    values: dict[str, Any] = {}  # a verb works while the file is broken
+    with contextlib.suppress(ConfigError):
+        values = read_table(Config, read_toml(path), str, [], original_environ())
+    if server:
+        yield Client(server, own_token(values))
+        return
+    if not os.path.exists(path):
+        values["listen"] = ()  # who listens on the default address is another one
     addresses = []
     with contextlib.suppress(OSError):
         control = control_path(values.get("control", "auto"), os.path.realpath(path))
         addresses += [f"unix:{control}"] if control else []
-    for address in values.get("listen", ("localhost:3000",)):
-        place = str(address).replace("0.0.0.0", "127.0.0.1")
+    for address in filter(None, values.get("listen", ("localhost:3000",))):
+        place = address.replace("0.0.0.0", "127.0.0.1")
         addresses.append(f"127.0.0.1{place}" if place.startswith(":") else place)
-    token = own_token(values)
-    clients = []
-    for address in filter(None, addresses):
+    for address in addresses:
         with contextlib.suppress(SupervisorError):
-            clients.append(Client(address, token))
-    return clients
+            yield Client(address, own_token(values))
 
 
 def own_token(values: Mapping[str, Any]) -> str | None:
@@ -5457,104 +4881,91 @@ def connect(options: Any) -> Client:
     raise Unreachable(f"no supervisor answers ({places}): start one, or use -c or -s")
 
 
-def coloured(text: str, code: int | None) -> str:
-    """Return text in colour, if standard output is a terminal that wants it."""
-    plain = code is None or "NO_COLOR" in os.environ or not sys.stdout.isatty()
-    return text if plain else f"\033[{code}m{text}\033[0m"
-
-
 def as_list(answer: Any) -> list[dict[str, Any]]:
     return answer if isinstance(answer, list) else [answer]
 
 
-def do_status(client: Client, options: Any) -> int:
-    names = ",".join(options.names) or None
-    objects = as_list(client.status(names))
+def print_json(options: Any, content: object) -> bool:
+    """Print JSON where --json asks for it; return whether it did."""
+    import json
+
     if options.json:
-        print_json(objects)
-    else:
+        print(json.dumps(content, indent=2))
+    return bool(options.json)
+
+
+def do_status(client: Client, options: Any) -> int:
+    objects = as_list(client.status(",".join(options.names) or None))
+    if not print_json(options, objects):
         width = max([len(one["name"]) for one in objects], default=0)
+        coloured = not os.environ.get("NO_COLOR") and sys.stdout.isatty()
         for one in objects:
-            state = coloured(f"{one['state']:<9}", STATE_COLOURS.get(one["state"]))
+            state, code = f"{one['state']:<9}", STATE_COLOURS.get(one["state"])
+            state = f"\033[{code}m{state}\033[0m" if code and coloured else state
             print(f"{one['name']:<{width}}   {state} {one['description']}".rstrip())
     unwell = client.health()["programs"]
     return 3 if any(one["name"] in unwell for one in objects) else 0
 
 
-def print_json(content: object) -> None:
-    import json
-
-    print(json.dumps(content, indent=2))
-
-
 def do_health(client: Client, options: Any) -> int:
     answer = client.health(",".join(options.names) or None)
-    if options.json:
-        print_json(answer)
-    else:
-        print(answer["status"])
-        for name, reason in answer["programs"].items():
-            print(f"{name}: {reason}")
+    if not print_json(options, answer):
+        print(answer["status"], *map(": ".join, answer["programs"].items()), sep="\n")
     return 0 if answer["status"] == "ok" else 1
 
 
 def do_order(client: Client, options: Any) -> int:
     """Start, stop or restart, and say what came of it."""
-    verb, names = options.verb, ",".join(options.names)
+    verb, names, code = options.verb, ",".join(options.names), 0
     before = {one["name"]: one for one in as_list(client.status(names))}
     objects = as_list(client.order(verb, names, 0 if options.no_wait else options.t))
-    if options.json:
-        print_json(objects)
-    code = 0
+    print_json(options, objects)
     for one in objects:
-        ended_well = (
-            one["state"] == "EXITED" and client.health(one["name"])["status"] == "ok"
-        )
-        one["ready"] |= ended_well
-        text, done = describe_outcome(verb, before.get(one["name"], one), one, options)
+        name = one["name"]
+        if one["state"] == "EXITED" and client.health(name)["status"] == "ok":
+            one["ready"] = True
+        text, done = describe_outcome(before.get(name, one), one, options)
         if not options.json:
-            print(f"{one['name']}: {text}", file=sys.stdout if done else sys.stderr)
+            print(f"{name}: {text}", file=sys.stdout if done else sys.stderr)
         code = code if done else 1
     return code
 
 
 def describe_outcome(
-    verb: str, before: dict[str, Any], after: dict[str, Any], options: Any
+    before: dict[str, Any], after: dict[str, Any], options: Any
 ) -> tuple[str, bool]:
     """Return what became of an order in words, and whether it is what was asked for."""
-    state, reason = after["state"], after["reason"]
+    verb, state, pid, reason = (
+        options.verb,
+        after["state"],
+        after["pid"],
+        after["reason"],
+    )
+    reason = f", {reason}" if reason else ""
     if verb == "stop":
         if before["state"] == "STOPPED":
             return "not running", True
         if not after["running"] and state != "WAITING":
-            return f"stopped, {reason}" if reason else "stopped", True
+            return f"stopped{reason}", True
     elif after["ready"]:
-        if (
-            verb == "start"
-            and before["pid"] is not None
-            and before["pid"] == after["pid"]
-        ):
+        if verb == "start" and pid is not None and before["pid"] == pid:
             return "already running", True
-        return f"started, pid {after['pid']}" if after[
-            "pid"
-        ] else f"done, {reason}", True
+        return f"started, pid {pid}" if pid else f"done{reason}", True
     elif state in ("BACKOFF", "FATAL", "EXITED", "STOPPED"):
-        return f"{state}, {reason}" if reason else state, False
+        return f"{state}{reason}", False
     if options.no_wait:
         return f"{verb} requested, {state}", True
-    return f"{state} after {options.t:g} s" + (f", {reason}" if reason else ""), False
+    return f"{state} after {options.t:g} s{reason}", False
 
 
 def do_signal(client: Client, options: Any) -> int:
-    if not options.names[1:]:
-        raise Usage("signal: expected SIGNAL NAME...")
-    number, names = options.names[0], ",".join(options.names[1:])
-    objects = as_list(client.signal(names, number))
+    """Send a signal; its name is checked by `check_names`."""
+    objects = as_list(client.signal(",".join(options.names[1:]), options.names[0]))
     for one in objects:
-        if one["running"]:
-            print(f"{one['name']}: signalled")
-        else:
-            print(f"{one['name']}: not running", file=sys.stderr)
+        text, file = "signalled", sys.stdout
+        if not one["running"]:
+            text, file = "not running", sys.stderr
+        print(f"{one['name']}: {text}", file=file)
     return 0 if all(one["running"] for one in objects) else 1
 
 
@@ -5565,60 +4976,45 @@ def do_logs(client: Client, options: Any) -> int:
     width = max(map(len, names), default=0)
     failed: list[str] = []
 
-    def copy(name: str, prefix: bytes) -> None:
+    def copy(name: str) -> None:
+        prefix = f"{name:<{width}} | ".encode() if len(names) > 1 else b""
         try:
-            with client.open_logs(name, options.n, follow=options.f) as response:
-                for line in (
-                    response if prefix else iter(lambda: response.read1(65536), b"")
-                ):
-                    os.write(1, prefix + line)
+            with client.open_logs(name, options.n, int(options.f)) as response:
+                parts = iter(lambda: response.read1(65536), b"")
+                for part in response if prefix else parts:
+                    os.write(1, prefix + part)
         except Refused as error:
             failed.append(name)
             print(f"{name}: {error}", file=sys.stderr)
         except OSError:
-            pass  # the supervisor is gone, or nobody reads on
+            return  # the supervisor is gone, or nobody reads on
 
-    if len(names) == 1:
-        copy(names[0], b"")
-        return 1 if failed else 0
-    copies = [
-        threading.Thread(
-            target=copy, args=(name, f"{name:<{width}} | ".encode()), daemon=True
-        )
-        for name in names
-    ]
+    copies = [threading.Thread(target=copy, args=[one], daemon=True) for one in names]
     for thread in copies:
         thread.start()
         if not options.f:
             thread.join()
     for thread in copies:
         thread.join()
-    return 1 if len(failed) == len(names) else 0
+    return 1 if failed and len(failed) == len(names) else 0
 
 
 def do_reload(client: Client, options: Any) -> int:
-    try:
-        answer = client.reload()
-    except Refused as error:
-        for line in error.errors or [str(error)]:
-            print(line, file=sys.stderr)
-        return 1
-    if options.json:
-        print_json(answer)
+    answer = client.reload()
+    if print_json(options, answer):
         return 0
     for key in ("added", "changed", "removed"):
         for name in answer[key]:
             print(f"{name}: {key}")
     print(f"{answer['unchanged']} unchanged")
+    late = "takes effect when the supervisor is started again"
     for key in answer.get("needs_restart", ()):
-        print(
-            f"{key}: takes effect when the supervisor is started again", file=sys.stderr
-        )
+        print(f"{key}: {late}", file=sys.stderr)
     return 0
 
 
 def do_shutdown(client: Client, options: Any) -> int:
-    """Ask for the end, and wait for it: the stream of events ends with the supervisor."""
+    """Ask for the end, and wait: the stream of events ends with the supervisor."""
     end = time.monotonic() + options.t
     with client.open("GET", "/events", options.t) as events:
         client.shutdown()
@@ -5629,28 +5025,37 @@ def do_shutdown(client: Client, options: Any) -> int:
             while events.read1(65536) and time.monotonic() < end:
                 pass
     while time.monotonic() < end:
-        try:
-            client.ask("GET", "/health/live")
-        except Unreachable:
-            print("shut down")
-            return 0
-        except Refused:
-            pass
+        with contextlib.suppress(Refused):
+            try:
+                client.ask("GET", "/health/live")
+            except Unreachable:
+                print("shut down")
+                return 0
         time.sleep(POLL)
     print(f"not yet shut down after {options.t:g} s", file=sys.stderr)
     return 1
 
 
-ACTIONS: Mapping[str, Callable[[Client, Any], int]] = {
-    "health": do_health,
-    "logs": do_logs,
-    "reload": do_reload,
-    "restart": do_order,
-    "shutdown": do_shutdown,
-    "signal": do_signal,
-    "start": do_order,
-    "status": do_status,
-    "stop": do_order,
+class Verb(NamedTuple):
+    """What a verb does, how many words it takes, and which options."""
+
+    run: Callable[[Client, Any], int]
+    least: int = 0
+    most: float = float("inf")
+    takes: str = ""
+
+
+ORDER = Verb(do_order, 1, takes="--json --no-wait -t")
+VERBS = {
+    "health": Verb(do_health, takes="--json"),
+    "logs": Verb(do_logs, takes="-f -n"),
+    "reload": Verb(do_reload, most=0, takes="--json"),
+    "restart": ORDER,
+    "shutdown": Verb(do_shutdown, most=0, takes="--no-wait -t"),
+    "signal": Verb(do_signal, 2),
+    "start": ORDER,
+    "status": Verb(do_status, takes="--json"),
+    "stop": ORDER,
 }
 
 
@@ -5662,39 +5067,33 @@ def parse_arguments(arguments: list[str]) -> Any:
         def format_help(self) -> str:
             return HELP + "\n"
 
-        def error(self, message: str) -> NoReturn:
+        def error(self, message: str) -> typing.NoReturn:
             sys.stderr.write(f"supervisors: {message} (see --help)\n")
-            raise SystemExit(2)
+            raise SystemExit(1 if "health" in arguments else 2)
 
-    common = Parser(add_help=False, allow_abbrev=False)
-    common.add_argument("-c", "--configfile")
-    common.add_argument("-s", "--server")
-    common.add_argument(
-        "-v", dest="level", action="store_const", const="debug", default="info"
-    )
-    common.add_argument("-q", dest="level", action="store_const", const="warning")
-    common.add_argument("--private", default="")  # of `running`
-    _, rest = common.parse_known_args(arguments)
-    verb = next((word for word in rest if not word.startswith("-")), "")
-    verb = verb if verb in VERBS else ""
-    parser = Parser(prog="supervisors.py", parents=[common], allow_abbrev=False)
-    parser.add_argument(
-        "--version", action="version", version=f"supervisors {__version__}"
-    )
-    if verb:
-        arguments = list(arguments)
-        parser.add_argument("verb", choices=[verb])
-    parser.set_defaults(verb="")
-    parser.add_argument("names", nargs="*")
-    if verb in ("status", "health", "start", "stop", "restart", "reload"):
-        parser.add_argument("--json", action="store_true")
-    if verb in ("start", "stop", "restart", "shutdown"):
-        parser.add_argument("--no-wait", action="store_true")
-        parser.add_argument("-t", type=parse_grace, default=60.0)
-    if verb == "logs":
-        parser.add_argument("-f", action="store_true")
-        parser.add_argument("-n", type=int, default=100)
+    parser = Parser(prog="supervisors.py", allow_abbrev=False)
+    add = parser.add_argument
+    add("-c", "--configfile")
+    add("-s", "--server")
+    add("-v", dest="level", action="store_const", const="debug", default="info")
+    add("-q", dest="level", action="store_const", const="warning")
+    add("--private", default="")  # of `running`
+    add("--version", action="version", version=f"supervisors {__version__}")
+    own = {"-t": add("-t", type=float, default=60.0)}
+    own["-n"] = add("-n", type=int, default=100)
+    for flag in ("--json", "--no-wait", "-f"):
+        own[flag] = add(flag, action="store_true")
+    add("names", nargs="*")
     options = parser.parse_intermixed_args(arguments)
+    first = options.names[0] if options.names else ""
+    options.verb = options.names.pop(0) if first in (*VERBS, "check") else ""
+    takes = VERBS[options.verb].takes if options.verb in VERBS else ""
+    for flag, action in own.items():
+        if (
+            getattr(options, action.dest) != action.default
+            and flag not in takes.split()
+        ):
+            parser.error(f"unrecognized arguments: {flag}")
     check_names(parser, options)
     return options
 
@@ -5702,16 +5101,21 @@ def parse_arguments(arguments: list[str]) -> Any:
 def check_names(parser: Any, options: Any) -> None:
     """Refuse too few or too many names; make a CONFIG of what is one."""
     verb, names = options.verb, options.names
-    if verb in ("start", "stop", "restart", "signal") and not names:
-        parser.error(f"{verb}: expected NAME...")
-    if verb in ("reload", "shutdown") and names:
-        parser.error(f"{verb}: expected no name, got {names[0]!r}")
-    if verb in ("", "check"):
+    if verb not in VERBS:
         if len(names) > 1 or (names and options.configfile):
             parser.error(f"expected one CONFIG, got {names[-1]!r} as well")
         options.configfile = options.configfile or (names or [DEFAULT_FILE])[0]
-    if getattr(options, "t", 0) > MOST_WAIT:
-        parser.error(f"-t: expected at most {MOST_WAIT:g} seconds")
+    elif len(names) < VERBS[verb].least:
+        parser.error(f"{verb}: expected {'SIGNAL ' * (verb == 'signal')}NAME...")
+    elif len(names) > VERBS[verb].most:
+        parser.error(f"{verb}: expected no name, got {names[0]!r}")
+    if verb == "signal":
+        try:
+            signal_number(names[0])
+        except ValueError as error:
+            parser.error(f"signal: {error}")
+    if not 0 <= options.t <= MOST_WAIT:
+        parser.error(f"-t: expected from 0 to {MOST_WAIT:g} seconds")
 
 
 def run_file(options: Any) -> int:
@@ -5720,8 +5124,7 @@ def run_file(options: Any) -> int:
     config = load_config(path)
     if options.private:
         control, _, fd = options.private.rpartition(",")
-        lifeline = int(fd)
-        overrides = {"control": control}
+        lifeline, overrides = int(fd), {"control": control}
         if "listen" not in read_toml(path):
             overrides["listen"] = ()
     return Supervisor(config, options.level, lifeline, overrides).run()
@@ -5731,35 +5134,25 @@ def main(arguments: list[str]) -> int:
     """Do what a command line says; return the exit status."""
     options = parse_arguments(arguments)
     verb = options.verb
+    if verb:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
+        if verb in VERBS:
+            return VERBS[verb].run(connect(options), options)
         if not verb:
             return run_file(options)
-        if verb == "check":
-            config = load_config(options.configfile)
-            print(f"{options.configfile}: ok, {len(config.programs)} programs")
-            return 0
-        return ACTIONS[verb](connect(options), options)
-    except ConfigError as error:
-        for line in error.errors:
-            print(line, file=sys.stderr)
-        return 2
+        config = load_config(options.configfile)
+        print(f"{options.configfile}: ok, {len(config.programs)} programs")
+        return 0
     except SupervisorError as error:
-        print(f"supervisors: {error}", file=sys.stderr)
-        return exit_status_of(verb, error)
+        lines = error.errors or [f"supervisors: {error}"]
+        print(*lines, sep="\n", file=sys.stderr)
+        return 1 if verb == "health" else error.code if verb else 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the interpreter's last flush
         return 1
-
-
-def exit_status_of(verb: str, error: SupervisorError) -> int:
-    if verb == "health":
-        return 1
-    if not verb or isinstance(error, Usage):
-        return 2
-    missing = isinstance(error, Refused) and error.status == 404
-    return 4 if missing or isinstance(error, Unreachable) else 1
 
 
 if __name__ == "__main__":
