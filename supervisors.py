@@ -2186,6 +2186,20 @@ def as_json(content: object, status: int = 200, *headers: str) -> Response:
     return Response(json.dumps(content).encode(), status, "application/json", headers)
 
 
+def get_status(supervisor: Supervisor, request: Request) -> Response:
+    """Answer all that there is, or what was named.
+
+    To make the text of 20 programs takes 0.3 ms, most of a request's time; unless
+    something happens it serves for 10 ms.
+    """
+    moment = (supervisor.events.end, int(time.monotonic() * 100))
+    if request.name:
+        return objects(request, request.targets, 200)
+    if supervisor.all_statuses[0] != moment:
+        supervisor.all_statuses = (moment, objects(request, request.targets, 200))
+    return supervisor.all_statuses[1]
+
+
 def objects(request: Request, chosen: Iterable[Snapshot], status: int) -> Response:
     """Answer status objects: an array, or one where one program was named."""
     now = time.monotonic()
@@ -2463,8 +2477,8 @@ ENDPOINTS: dict[str, tuple[str, Answer]] = {
     "/health/*": ("GET", get_health),
     "/health/live": ("GET",
         lambda supervisor, _: as_json(supervisor.ask(lambda: {"status": "ok"}))),
-    "/status": ("GET", lambda _, request: objects(request, request.targets, 200)),
-    "/status/*": ("GET", lambda _, request: objects(request, request.targets, 200)),
+    "/status": ("GET", get_status),
+    "/status/*": ("GET", get_status),
     "/metrics": ("GET", get_metrics),
     "/events": ("GET", lambda supervisor, _:
         Response(stream_events(supervisor), kind="text/event-stream")),
@@ -3091,6 +3105,7 @@ class Supervisor:
         self.lingering: set[Process] = set()  # whose leader is gone, whose group is not
         self.answering: set[Conversation] = set()  # that are about to send
         self.told_manager = ""
+        self.all_statuses: tuple[object, Response] = (None, Response(b""))
         self.notify: NotifySocket | None = None
         self.connections = threading.Semaphore(MOST_CONNECTIONS)
         self.streams = threading.Semaphore(MOST_STREAMS)
