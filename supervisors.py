@@ -1304,6 +1304,7 @@ class Sink:
         self.name, self.fd = name, fd
         self.maxbytes = self.backups = 0
         self.complained = float("-inf")
+        self.torn = False  # in the middle of a line
         self.held = memoryview(b"")  # what it did not take yet
         self.waiting: list[Source] = []  # not read while something is held
 
@@ -1565,11 +1566,15 @@ class LogThread:
         held, dropped = sink.held, 0
         if data and len(held) > HELD:  # messages; the pipes are not read meanwhile
             return len(data)
+        if sink.torn and data:  # the line that a failure cut off ends here
+            data, sink.torn = b"\n" + bytes(data), False
         left = memoryview(b"".join([held, data]) if held and data else held or data)
+        begun: bytes | memoryview = b""  # the last byte that was written
         try:
             while left and (count := sink.put(left)):
-                left = left[count:]
+                begun, left = left[count - 1 : count], left[count:]
         except OSError as error:
+            sink.torn = begun not in (b"", b"\n")
             dropped, left = len(left), memoryview(b"")
             if time.monotonic() >= sink.complained + SAY_AGAIN:
                 sink.complained = time.monotonic()
@@ -1616,6 +1621,7 @@ from resource import *
 from signal import *
 fd, steps = eval(sys.argv[1])
 argv = sys.argv[2:]
+set_inheritable(fd, False)
 try:
     for step in steps:
         exec(step)
@@ -3125,7 +3131,7 @@ class Supervisor:
             for process in self.processes.values():
                 process.block()
             for process in () if self.ending else list(self.processes.values()):
-                if process.program.autostart:
+                if process.program.autostart and not self.ending:
                     process.apply(Start())
             self.started = True
             self.finish_if_done()
@@ -3482,7 +3488,7 @@ class Supervisor:
                 elif line == "WATCHDOG=1":
                     process.apply(Alive())
                 elif key == "STATUS":
-                    process.apply(Text(value))
+                    process.apply(Text("".join(filter(str.isprintable, value))))
 
     def owner(self, pid: int) -> Process | None:
         """Return the program of a process: by session or ancestry."""
@@ -3560,7 +3566,7 @@ class Supervisor:
             process.apply(Stop())
             self.react(process)  # it may have been stopped before
         for name in added:
-            if programs[name].autostart:
+            if programs[name].autostart and not self.ending:
                 self.processes[name].apply(Start())
         return {
             "added": added,
@@ -3934,11 +3940,14 @@ def do_logs(client: Client, options: Mapping[str, str], names: str) -> int:
 
     def copy(name: str) -> None:
         prefix = f"{name:<{width}} | ".encode() if len(found) > 1 else b""
+        end = b"\n" if prefix else b""  # which a last line may lack
         try:
             client.ask(
                 f"GET /programs{quote(name)}/logs?{query}",
                 None if follow else 30.0,
-                lambda answer: output.writelines(prefix + line for line in answer),
+                lambda answer: output.writelines(
+                    prefix + line.removesuffix(end) + end for line in answer
+                ),
             )
         except SupervisorError as error:
             if error.code != 4:  # else it is gone, or nobody reads on

@@ -2630,7 +2630,8 @@ def test_programs_start_when_what_they_depend_on_is_ready(
     assert run.status("web")["healthy"] is True
     assert eventually(lambda: run.ask("/health")[0], 200)
     assert run.ask("/health")[1]["status"] == "ok"
-    assert lines(tmp_path / "order") == ["migrate", "db", "web", "worker"]
+    order = ["migrate", "db", "web", "worker"]
+    eventually(lambda: lines(tmp_path / "order"), order)
     assert run.status("db")["restarts"] == 0
 
 
