@@ -141,6 +141,14 @@ def descendants(of: int, spare: Set[int] = frozenset()) -> list[int]:
     return found
 
 
+def group_lives(group: int) -> bool:
+    """Return whether a group has more than zombies, which kill(2) counts too."""
+    table = process_table()
+    members = [fields for fields in table.values() if int(fields[2]) == group]
+    zombies = table and all(fields[0] in (b"Z", b"X") for fields in members)
+    return send(-group, 0) and not zombies
+
+
 def send(pid: int, number: int) -> bool:
     """Send a signal to a process, to a group as -PGID; return whether it was there."""
     try:
@@ -347,6 +355,7 @@ import shlex
 import socket
 import stat
 import subprocess
+import termios
 import threading
 import tomllib
 import typing
@@ -572,7 +581,11 @@ ARGV = Check("a command", lambda argv: any(argv) and is_words(argv), split)
 ADDRESSES = Check(PLACE, list_of(lambda one: one == "" or parse_address(one)), to_list)
 INHERIT = Check("true, false or names", lambda one: type(one) is bool or is_words(one))
 CODES = Check("a list of codes from 0 to 255", list_of(within(0, 255, int)))
-USER = Check("a name or a number", lambda one: is_id(one) or is_path(one))
+INSTANCES = Check("a whole number from 1 to 10000", within(1, 10_000, int))
+USER = Check(
+    "a name or a number",
+    lambda one: is_id(int(one)) if str(one).isdecimal() else is_path(one),
+)
 UMASK = Check('octal, as in "022"', within(0, 0o777, int), lambda one: int(one, 8))
 RESTART, TYPE = one_of(True, False, "unexpected"), one_of("simple", "oneshot", "notify")
 SIGNAL = Check(
@@ -619,7 +632,7 @@ class Program(NamedTuple):
     needs: tuple[str, ...] = ()  # `depends_on`, by names of instances
     command: Annotated[LIST, ARGV] = ()
     args: Words = ()
-    numprocs: Positive = 1
+    numprocs: Annotated[int, INSTANCES] = 1
     directory: Path | None = None
     environment: Annotated[Mapping[str, str], VARIABLES] = {}
     env_file: Some = ()
@@ -788,6 +801,8 @@ def load_config(path: str = "supervisors.toml") -> Config:
         config = parse_config(data, environ, included)
     except ConfigError as error:
         raise ConfigError(f"{path}: {line}" for line in error.errors) from None
+    except RecursionError:
+        raise ConfigError([f"{path}: nested too deeply"]) from None
     return config._replace(path=os.path.realpath(path))
 
 
@@ -1225,6 +1240,7 @@ SAY_AGAIN = 60.0  # seconds between two complaints about one file
 HELD = 1024 * 1024  # bytes that wait for a terminal that nobody reads; then they drop
 REMEMBERED = 64 * 1024  # bytes of a piped program's output that stay in memory
 LAG = 1024 * 1024  # bytes that a follower may be behind
+ITEM = 64  # bytes that each costs besides its text
 FAREWELL = 1.0  # seconds that the last output has at the end
 
 
@@ -1400,6 +1416,11 @@ class TerminalSink(Sink):
 
     def __init__(self, fd: int) -> None:
         super().__init__(f"descriptor {fd}", fd)
+        # A terminal that poll(2) calls writable may take less, and then block; a
+        # description of our own can be non-blocking without the shell's being it.
+        with contextlib.suppress(OSError):
+            path = os.ttyname(fd)
+            fd = self.fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
         self.poll = select.poll()
         self.poll.register(fd, select.POLLOUT)
         self.takes = select.PIPE_BUF  # when poll(2) calls it writable
@@ -1410,8 +1431,6 @@ class TerminalSink(Sink):
             self.capacity = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
 
     def put(self, data: memoryview) -> int:
-        import termios
-
         room = self.takes if self.poll.poll(0) else 0
         if self.capacity and not any(fcntl.ioctl(self.fd, termios.FIONREAD, bytes(4))):
             room = self.capacity
@@ -1504,10 +1523,14 @@ class LogThread:
     def turn(self, timeout: float | None) -> int:
         """Do what is to be done now; return the bytes that were read."""
         self.moved = 0
-        while self.jobs:
-            self.jobs.popleft()()
-        for key, _ in self.selector.select(timeout):
-            key.data()
+        calls = [self.jobs.popleft() for _ in range(len(self.jobs))]
+        calls += [key.data for key, _ in self.selector.select(0 if calls else timeout)]
+        for call in calls:
+            try:
+                call()
+            except Exception as error:  # every program would block without this thread
+                self.say("", f"internal error of the log: {error!r}", "error")
+                time.sleep(TICK)
         return self.moved
 
     def sink(self, target: int | str, maxbytes: int, backups: int) -> Sink:
@@ -1550,7 +1573,8 @@ class LogThread:
 
     def emit(self, source: Source, lines: bytes | memoryview) -> None:
         if lines and source.recent is not None:
-            source.recent.append((source.stream, bytes(lines)), len(lines))
+            kept = bytes(lines if source.recent.followers else lines[-REMEMBERED:])
+            source.recent.append((source.stream, kept), len(kept) + ITEM)
         if lines and source.format_lines:
             lines = source.format_lines(bytes(lines), time.time())
         source.output.dropped += self.write(source.sink, lines)
@@ -1560,6 +1584,8 @@ class LogThread:
         os.close(source.fd)
         if rest := self.sources.pop(source):
             self.emit(source, rest + b"\n")
+        if not any(other.sink is source.sink for other in self.sources):
+            source.sink.reopen()  # nobody writes there: no descriptor is held
 
     def write(self, sink: Sink, data: bytes | memoryview = b"") -> int:
         """Write, and hold what is not taken yet; return how many bytes were dropped."""
@@ -1789,6 +1815,10 @@ def spawn(
             close_fds=bool(report),  # all are close-on-exec; one by one costs more
             pass_fds=report[1:],
         )
+    except (ValueError, OverflowError) as error:  # an id, or a text exec cannot have
+        for fd in report[:1]:
+            os.close(fd)
+        raise SpawnError(str(error)) from None
     except OSError as error:
         for fd in report[:1]:
             os.close(fd)
@@ -1899,9 +1929,10 @@ def probe(check: Health) -> str:
     """Run an http or tcp check; return what is wrong, or "". Blocks; any thread."""
     import urllib.parse
 
-    url = urllib.parse.urlsplit(check.http or f"tcp://{check.tcp}")
-    host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
     try:
+        url = urllib.parse.urlsplit(check.http or f"tcp://{check.tcp}")
+        host = url.hostname or ""
+        port = url.port or (443 if url.scheme == "https" else 80)
         plain = socket.create_connection((host, port), check.timeout)
         if check.tcp:
             plain.close()
@@ -1951,10 +1982,12 @@ class NotifySocket:
 def tell_manager(message: str) -> None:
     """Tell who runs us, where it listens (systemd's Type=notify)."""
     path = os.environ.get("NOTIFY_SOCKET", "")
-    speaker = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    with contextlib.suppress(OSError), speaker:
-        speaker.setblocking(False)
-        speaker.sendto(message.encode(), "\0" + path[1:] if path[:1] == "@" else path)
+    with contextlib.suppress(OSError):
+        speaker = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with speaker:
+            speaker.setblocking(False)
+            address = "\0" + path[1:] if path[:1] == "@" else path
+            speaker.sendto(message.encode(), address)
 
 
 # === 8. HTTP ==========================================================================
@@ -1969,6 +2002,7 @@ MOST_CONNECTIONS = 64
 MOST_STREAMS = 32  # of those; the others are for probes
 MOST_BYTES = 64 * 1024  # of a request's line, of its head, and of its body
 MOST_WAIT = 300.0  # seconds
+MOST_NAME = 4096  # characters of a NAME in a path, which becomes a pattern
 MOST_EVENTS = 1000  # that a client may be behind
 COMMENT_INTERVAL = 15.0  # seconds between signs of life on /events
 LOOK_INTERVAL = 1.0  # seconds between two looks whether a follower is still there
@@ -2223,12 +2257,16 @@ def select_programs(snapshots: list[Snapshot], name: str) -> list[Snapshot]:
 
     known = {one.program.name: one for one in snapshots}
     found: dict[str, Snapshot] = {}
+    if len(name) > MOST_NAME:
+        raise HttpError(404, "no program has such a long name")
     for word in name.split(","):
         glob = "*" if word == "all" else word
+        # Not fnmatchcase: it keeps 32768 compiled patterns for ever.
+        matching = re.compile(fnmatch.translate(glob)).match
         matches = {
             key: one
             for key, one in known.items()
-            if one.program.group == word or fnmatch.fnmatchcase(key, glob)
+            if one.program.group == word or matching(key)
         }
         if not matches:
             raise HttpError(404, f"no program {word!r}{hint(word, known)}")
@@ -2397,6 +2435,8 @@ def file_log(paths: list[str], lines: int, over: Over) -> Iterator[bytes]:
                 break
         while True:
             ended, newer = over is None or over(), newer_file(file, paths)
+            if file and os.fstat(file.fileno()).st_size < file.tell():
+                file.seek(0)  # it was truncated: no backups, or copytruncate
             while file and (chunk := file.read(PIPE)):
                 yield chunk
             if newer:
@@ -2606,6 +2646,9 @@ class Conversation(RequestHandler):
             raise HttpError(400, "malformed request: expected HTTP/1.0 or HTTP/1.1")
         self.parse_request()
         length = self.headers.get("Content-Length", "0")
+        lengths = self.headers.get_all("Content-Length", [])
+        if self.headers.defects or len(lengths) > 1:  # a proxy may read it otherwise
+            raise HttpError(400, "malformed headers")
         if not length.isdecimal() or "Transfer-Encoding" in self.headers:
             raise HttpError(400, "expected a Content-Length")
         if len(length) > 9 or int(length) > MOST_BYTES:
@@ -2613,6 +2656,8 @@ class Conversation(RequestHandler):
         self.raw.count = 0
         self.rfile.read(int(length))  # none of the requests has a use for it
         headers = {key.title(): value for key, value in self.headers.items()}
+        if absolute := re.match("http://([^/?]*)", words[1]):
+            headers["Host"] = absolute[1]
         self.server.supervisor.answering.add(self)
         try:
             return self.respond(self.command, words[1], headers)
@@ -2693,7 +2738,7 @@ class Conversation(RequestHandler):
         ):
             raise HttpError(403, f"Host {host!r} is not one of ours, see allowed_hosts")
         place = origin.partition("://")[2]
-        ours = place and {place, re.sub(port, "", place)} & {host, *allowed}
+        ours = place and (place == host or {place, re.sub(port, "", place)} & allowed)
         if method == "POST" and origin and not ours:
             raise HttpError(403, f"Origin {origin!r} is foreign")
         if not guarded:
@@ -2791,6 +2836,7 @@ LONGEST_SLEEP = 86_400.0  # seconds; epoll_wait(2) takes milliseconds in 31 bits
 WAITING_FIRST = 1.0  # seconds after a shutdown began that it names who it waits for
 WAITING_NEXT = 5.0
 SWEEP = 1.0  # seconds that orphans have once the programs are gone
+MOST_TEXT = 1000  # characters of STATUS=
 ASK_TIME = 10.0  # seconds for the main loop to answer a thread
 LEVELS = {"debug": 0, "info": 1, "warning": 2, "error": 3}
 STREAMS = ("stdout", "stderr")
@@ -2880,6 +2926,9 @@ class Process:
                 self.env_text = read_env_files(self.program)
                 out, err = self.open_streams(stack)
                 self.child = self.spawn(self.program.argv, out, err)
+            except OSError as error:  # out of descriptors
+                reason = f"cannot start {self.name}: {error.strerror}"
+                return SpawnFailed(reason, 126)
             except SpawnError as error:
                 reason = f"cannot start {self.name}: {error.reason}"
                 return SpawnFailed(reason, error.code)
@@ -2924,8 +2973,8 @@ class Process:
         if isinstance(where.target, int):
             recent, width = self.output.recent, supervisor.name_width
             if os.isatty(where.target) and not supervisor.environ.get("NO_COLOR"):
-                number = list(supervisor.processes).index(self.name)
-                colour = COLOURS[number % len(COLOURS)]
+                names = [self.name, *supervisor.processes]  # it may be gone already
+                colour = COLOURS[names[::-1].index(self.name) % len(COLOURS)]
         if where.log_format != "raw":
             form = log_formatter(where.log_format, self.name, stream, width, colour)
         sink = log.sink(where.target, program.logfile_maxbytes, program.logfile_backups)
@@ -3145,12 +3194,24 @@ class Supervisor:
         nearest = min(self.deadlines.values(), default=FOREVER)
         sleep = min(max(nearest - time.monotonic(), 0), longest)
         for key, _ in self.selector.select(sleep):
-            key.data()
+            self.guard(key.data)
         now = time.monotonic()
         for call in [call for call, at in self.deadlines.items() if at <= now]:
             if self.deadlines.get(call, FOREVER) <= now:
                 del self.deadlines[call]
-                call()
+                self.guard(call)
+
+    def guard(self, call: Callable[..., object], *arguments: object) -> None:
+        """Call something; a mistake in it must not end what all programs hang on."""
+        try:
+            call(*arguments)
+        except Exception as error:
+            where = error.__traceback__
+            while where and where.tb_next:
+                where = where.tb_next
+            line = where.tb_lineno if where else 0
+            self.say("", f"internal error: {error!r}, line {line}", "error")
+            time.sleep(TICK)  # so that one that comes again does not fill the log
 
     def open(self) -> None:
         """Acquire everything, in an order in which failure leaves nothing behind."""
@@ -3211,6 +3272,7 @@ class Supervisor:
         for fd in wake:
             os.set_blocking(fd, False)
             defer(os.close, fd)
+        defer(setattr, self, "wake_write", -1)  # for threads that come too late
         self.watch(self.wake_read, self.read_wakeups)
         before = signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
         defer(signal.set_wakeup_fd, before)
@@ -3292,20 +3354,20 @@ class Supervisor:
 
     def ask(self, question: Callable[[], T]) -> T:
         """Have the main thread call something; return or raise its result."""
-        answers: list[T | SupervisorError] = []
+        answers: list[T | Exception] = []
         done = threading.Event()
 
         def call() -> None:
             try:
                 answers.append(question())
-            except SupervisorError as error:
+            except Exception as error:
                 answers.append(error)
             done.set()
 
         self.post(call)
         if not done.wait(ASK_TIME):
             raise HttpError(503, "the main loop is busy")
-        if isinstance(answers[0], SupervisorError):
+        if isinstance(answers[0], Exception):
             raise answers[0]
         return answers[0]
 
@@ -3337,7 +3399,7 @@ class Supervisor:
         if signal.SIGUSR2 in numbers:
             self.reopen_logs()
         while self.calls:
-            self.calls.popleft()()
+            self.guard(self.calls.popleft())
 
     def reap(self) -> bool:
         """Collect all children that have ended; return whether any is left."""
@@ -3348,7 +3410,7 @@ class Supervisor:
             ends.append((0, 0))
         for pid, wait_status in ends:
             if pid in self.children:
-                self.children.pop(pid)(wait_status)
+                self.guard(self.children.pop(pid), wait_status)
         return (0, 0) in ends
 
     def alive(self) -> list[Process]:
@@ -3358,7 +3420,7 @@ class Supervisor:
         """Notice that a group is empty; not every end makes a SIGCHLD."""
         for process in list(self.lingering):
             settled = process.child or process.status.state is not State.STOPPING
-            if settled or not send(-process.group, 0):
+            if settled or not group_lives(process.group):
                 self.lingering.discard(process)
                 if not settled:
                     process.apply(Emptied())
@@ -3385,7 +3447,12 @@ class Supervisor:
                 stack.enter_context(connection)
                 handler_class()(connection, "", Place(self, listener))  # type: ignore[arg-type]
 
-        threading.Thread(target=converse, daemon=True).start()
+        try:
+            threading.Thread(target=converse, daemon=True).start()
+        except RuntimeError:  # no thread to be had: a limit of processes
+            connection.close()
+            if not listener.is_control:
+                self.connections.release()
 
     @contextlib.contextmanager
     def stream_slot(self, listener: Listener) -> Iterator[None]:
@@ -3451,7 +3518,8 @@ class Supervisor:
         event = orders.get(verb, Restart())
         chosen = [self.processes[name] for name in names if name in self.processes]
         for process in chosen:
-            process.apply(event)
+            if verb == "stop" or not self.ending:
+                process.apply(event)
         return self.events.end, {one.name: one.snapshot for one in chosen}
 
     def signal(self, number: int, names: list[str]) -> list[Snapshot]:
@@ -3488,7 +3556,8 @@ class Supervisor:
                 elif line == "WATCHDOG=1":
                     process.apply(Alive())
                 elif key == "STATUS":
-                    process.apply(Text("".join(filter(str.isprintable, value))))
+                    text = "".join(filter(str.isprintable, value[:MOST_TEXT]))
+                    process.apply(Text(text))
 
     def owner(self, pid: int) -> Process | None:
         """Return the program of a process: by session or ancestry."""
@@ -3559,7 +3628,8 @@ class Supervisor:
                 process.program = process.program._replace(needs=program.needs)
         self.add_programs(programs.values())
         for process in changed:
-            process.renew()
+            if not self.ending:
+                process.renew()
         for process in list(self.processes.values()):
             process.block()
         for process in gone:
@@ -3606,7 +3676,7 @@ class Supervisor:
         self.exit_code = code
         self.say("", f"shutting down: {reason}")
         tell_manager("STOPPING=1")
-        for process in self.processes.values():
+        for process in list(self.processes.values()):
             # From here on nothing comes back, whatever way it ends.
             program = process.program
             process.program = program._replace(autorestart=False, healthcheck=None)
