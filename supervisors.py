@@ -3828,7 +3828,9 @@ class Client:
                 return content
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "strerror", "") or repr(error)
-            status, content = 0, {"error": f"no supervisor at {place}: {reason}"}
+            advice = "start one, or name another with -c or -s"
+            text = f"no supervisor at {place}: {reason}; {advice}"
+            status, content = 0, {"error": text}
         failure = SupervisorError(content.get("error", f"HTTP status {status}"))
         failure.code = 4 if status in (0, 404) else 1
         failure.errors = content.get("errors", ())
@@ -4048,6 +4050,7 @@ def do_shutdown(client: Client, options: Mapping[str, str], names: str) -> int:
             print("still shutting down", file=sys.stderr)
             return 1
         time.sleep(POLL)
+    print("shutting down" if "--no-wait" in options else "shut down")
     return 0
 
 

@@ -6691,3 +6691,73 @@ def test_minimal_roots_are_enough(
     assert "Traceback" not in run.err
     if kind != "no-proc":
         assert sum("control" in line for line in run.err.split("\n")) == 1
+
+
+# === What a hostile review found ======================================================
+
+
+def test_nothing_is_started_once_a_shutdown_has_begun(supervise: Supervise) -> None:
+    run = supervise(
+        """
+        [programs.first]
+        command = "/no/such/command"
+        on_failure = "shutdown"
+        [programs.second]
+        command = "touch started"
+        """,
+        ready=False,
+    )
+    assert run.popen.wait(LIMIT) == 127
+    assert "second" not in run.err
+    assert not (run.folder / "started").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/fd")
+def test_program_with_limits_inherits_no_descriptor(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    run = supervise("""
+        [programs.web]
+        command = ["sh", "-c", "ls /proc/$$/fd > fds; sleep 1000"]
+        nice = 1
+        rlimits = {core = 0}
+        startsecs = 0
+        """)
+    run.wait_state("web", "RUNNING")
+    shell = {"10", "255"}  # where some shells keep their script
+    seen = eventually(lambda: lines(tmp_path / "fds"), lambda found: len(found) >= 3)
+    assert set(seen) - shell == {"0", "1", "2"}
+
+
+ZOMBIE_KEEPER = """
+import os, signal, sys, time
+if os.fork() == 0:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if os.fork() == 0:
+        os._exit(0)
+    os.setsid()
+    open("up", "w").close()
+    time.sleep(1000)
+time.sleep(1000)
+"""
+
+
+def test_group_of_zombies_counts_as_empty(supervise: Supervise, tmp_path: Path) -> None:
+    """A zombie whose parent has left the group, and never reaps it, is still in it."""
+    run = supervise(f"""
+        [programs.web]
+        command = {script(tmp_path, "keeper.py", ZOMBIE_KEEPER)}
+        stopwaitsecs = 0.2
+        """)
+    eventually((tmp_path / "up").exists)
+    assert run.ask("/programs/web/stop?wait=30", "POST")[0] == 200
+    assert run.end() == 0
+    assert run.left() == []
+
+
+def test_internal_error_of_one_request_ends_nothing(supervise: Supervise) -> None:
+    run = supervise('[programs.web]\ncommand = "sleep 1000"\nstartsecs = 0')
+    pid = run.wait_state("web", "RUNNING")["pid"]
+    (run.folder / "supervisors.toml").write_text("a." * 3000 + "a = 1")
+    assert run.ask("/reload", "POST")[0] in (422, 500)
+    assert run.status("web")["pid"] == pid
