@@ -489,7 +489,7 @@ def measure_http(subject: Subject, sizes: Sizes) -> Values:
     with running(subject, job) as run:
         run.wait_up(job.programs, sizes.settle)
         for clients, keeps in ((4, True), (4, False), (1, True)):
-            with get_context("fork").Pool(clients) as pool:
+            with get_context("spawn").Pool(clients) as pool:
                 request = (job.port, subject.page, sizes.load, keeps)
                 parts = pool.starmap_async(ask, [request] * clients).get(LIMIT)
             took = [latency for part in parts for latency in part]
