@@ -108,21 +108,24 @@ def become_subreaper() -> bool:
         return False
 
 
-def process_table() -> dict[int, list[bytes]]:
-    """Return the fields of /proc/PID/stat behind the name, by pid (proc(5)).
+def process_fields(pid: int) -> list[bytes]:
+    """Return the fields of /proc/PID/stat behind the name (proc(5)); [] if it is gone.
 
     [0] is the state, [1] the parent, [2] the group, [3] the session, [19] the start in
-    ticks since boot. Empty where there is no /proc.
+    ticks since boot.
     """
-    table = {}
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()
+    except OSError:
+        return []
+
+
+def process_table() -> dict[int, list[bytes]]:
+    """Return the fields of all processes by pid; empty where there is no /proc."""
     names = os.listdir("/proc") if os.path.isdir("/proc") else []
-    for name in filter(str.isdecimal, names):
-        try:
-            with open(f"/proc/{name}/stat", "rb") as file:
-                table[int(name)] = file.read().rpartition(b")")[2].split()
-        except OSError:
-            continue  # it ended meanwhile
-    return table
+    table = {int(name): process_fields(int(name)) for name in names if name.isdecimal()}
+    return {pid: fields for pid, fields in table.items() if fields}
 
 
 def descendants(of: int, spare: Set[int] = frozenset()) -> list[int]:
@@ -143,10 +146,11 @@ def descendants(of: int, spare: Set[int] = frozenset()) -> list[int]:
 
 def group_lives(group: int) -> bool:
     """Return whether a group has more than zombies, which kill(2) counts too."""
+    if not send(-group, 0):
+        return False
     table = process_table()
     members = [fields for fields in table.values() if int(fields[2]) == group]
-    zombies = table and all(fields[0] in (b"Z", b"X") for fields in members)
-    return send(-group, 0) and not zombies
+    return not table or any(fields[0] not in (b"Z", b"X") for fields in members)
 
 
 def send(pid: int, number: int) -> bool:
@@ -967,13 +971,14 @@ def has_failed(status: Status) -> bool:
     return failed or status.state is State.FATAL
 
 
-def exit_status(status: Status) -> int:
-    """Return how the last run ended: the code, or 128 plus the signal's number.
+def last_code(status: Status) -> int | None:
+    """Return how the last run ended: the code, or 128 plus the signal's number."""
+    return status.exit_code if status.exit_signal is None else 128 + status.exit_signal
 
-    For a final end that is never 0 for a failure.
-    """
-    code = status.exit_code if status.exit_signal is None else 128 + status.exit_signal
-    return code or int(has_failed(status))
+
+def exit_status(status: Status) -> int:
+    """Return the same for a final end: never 0 for a failure."""
+    return last_code(status) or int(has_failed(status))
 
 
 def order(
@@ -1815,11 +1820,7 @@ def spawn(
             close_fds=bool(report),  # all are close-on-exec; one by one costs more
             pass_fds=report[1:],
         )
-    except (ValueError, OverflowError) as error:  # an id, or a text exec cannot have
-        for fd in report[:1]:
-            os.close(fd)
-        raise SpawnError(str(error)) from None
-    except OSError as error:
+    except (OSError, ValueError, OverflowError) as error:
         for fd in report[:1]:
             os.close(fd)
         raise spawn_error(program, command[0], error) from None
@@ -1850,8 +1851,10 @@ def trampoline_steps(
     return [*steps, f"execvp({argv[0]!r}, argv)"]
 
 
-def spawn_error(program: Program, command: str, error: OSError) -> SpawnError:
+def spawn_error(program: Program, command: str, error: Exception) -> SpawnError:
     """Return what is wrong, told apart as exec, chdir and setuid fail alike."""
+    if not isinstance(error, OSError):  # an id, or a text, that exec cannot have
+        return SpawnError(str(error))
     missing, place, why = error.errno == errno.ENOENT, program.directory, error.strerror
     who = program.group_name if program.user is None else program.user
     if who is not None and error.errno in (errno.EPERM, errno.EINVAL):
@@ -1866,12 +1869,8 @@ def spawn_error(program: Program, command: str, error: OSError) -> SpawnError:
 
 def start_time(pid: int) -> str:
     """Return when a process started, in ticks since boot; "" if it is gone."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in (b"Z", b"X") else fields[19].decode()
+    fields = process_fields(pid)
+    return "" if not fields or fields[0] in (b"Z", b"X") else fields[19].decode()
 
 
 def path_hash(path: str) -> str:
@@ -1922,7 +1921,6 @@ SO_PASSCRED = 16  # unix(7)
 # http.client loads OpenSSL, half of its 8 MB, for HTTPS alone; a host may want that.
 if __name__ == "__main__":
     sys.modules["ssl"] = None  # type: ignore[assignment]  # "import of ssl halted"
-without_ssl = contextlib.nullcontext
 
 
 def probe(check: Health) -> str:
@@ -2295,10 +2293,6 @@ def get_health(supervisor: Supervisor, request: Request) -> Response:
             worst = found
     status_code = 200 if worst == "ok" else 503
     return as_json({"status": worst, "programs": reasons}, status_code)
-
-
-def last_code(status: Status) -> int | None:
-    return status.exit_code if status.exit_signal is None else 128 + status.exit_signal
 
 
 METRICS: tuple[tuple[str, str, Callable[[Snapshot, float], float | None]], ...] = (
@@ -2759,8 +2753,7 @@ class Conversation(RequestHandler):
 
 @functools.cache
 def handler_class() -> type[Conversation]:
-    with without_ssl():
-        import http.server  # 15 ms and 8 MB, with the first connection
+    import http.server  # 15 ms and 8 MB, with the first connection
 
     return type("Handler", (Conversation, http.server.BaseHTTPRequestHandler), {})
 
@@ -3242,13 +3235,8 @@ class Supervisor:
         self.spared = children_before()
         if not become_subreaper() and sys.platform == "linux":
             self.warn("cannot become a subreaper: orphans go to PID 1")
-        if path := self.config.pidfile:
-            try:
-                with open(path, "w") as file:
-                    file.write(f"{os.getpid()}\n")
-                defer(remove_file, path, os.stat(path).st_ino)
-            except OSError as error:
-                self.warn(f"cannot write the pidfile {path!r}: {error.strerror}")
+        if self.config.pidfile:
+            self.write_pidfile(self.config.pidfile)
         if self.lifeline is not None:
             self.watch(self.lifeline, self.lose_lifeline)
         if self.config.path:
@@ -3256,6 +3244,14 @@ class Supervisor:
             self.variables[RUN_VARIABLE] = ".".join(map(str, run))
         self.add_programs(self.config.programs.values())
         self.keep_alive()
+
+    def write_pidfile(self, path: str) -> None:
+        try:
+            with open(path, "w") as file:
+                file.write(f"{os.getpid()}\n")
+            self.cleanup.callback(remove_file, path, os.stat(path).st_ino)
+        except OSError as error:
+            self.warn(f"cannot write the pidfile {path!r}: {error.strerror}")
 
     def watch(self, source: int | socket.socket, call: Callable[[], object]) -> None:
         """Have `call` called whenever something can be read."""
@@ -3567,8 +3563,7 @@ class Supervisor:
                 leader = os.getsid(pid)  # every program leads a session
                 if leader in leaders:
                     return leaders[leader]
-                with open(f"/proc/{pid}/stat", "rb") as file:
-                    pid = int(file.read().rpartition(b")")[2].split()[1])
+                pid = int(process_fields(pid)[1])
         return None
 
     def end_leftovers(self) -> None:
@@ -3805,10 +3800,8 @@ class Client:
 
     def ask(self, request: str, timeout: float | None = 10.0, read: Any = None) -> Any:
         """Return what `read` makes of the answer, else its JSON."""
+        import http.client
         import json
-
-        with without_ssl():
-            import http.client
 
         unix, place, status = self.address.path, str(self.address), 0
         host = "localhost" if unix else place
