@@ -1388,7 +1388,11 @@ class FileSink(Sink):
         os.ftruncate(self.fd, start if self.backups else 0)
         names = [self.name, *(f"{self.name}.{n + 1}" for n in range(self.backups))]
         for older, newer in zip(names[:0:-1], names[-2::-1]):
-            with contextlib.suppress(FileNotFoundError):
+            if os.path.lexists(newer):
+                # Renaming over it, ext4 would first write the new one to the disk (its
+                # auto_da_alloc): at 64 KB writes that halves what the log takes.
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(older)
                 os.rename(newer, older)
         self.reopen()
         self.check()
