@@ -111,8 +111,7 @@ def become_subreaper() -> bool:
 def process_fields(pid: int) -> list[bytes]:
     """Return the fields of /proc/PID/stat behind the name (proc(5)); [] if it is gone.
 
-    [0] is the state, [1] the parent, [2] the group, [3] the session, [19] the start in
-    ticks since boot.
+    [0] is the state, [1] parent, [2] group, [3] session, [19] start in ticks from boot.
     """
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
@@ -128,17 +127,14 @@ def process_table() -> dict[int, list[bytes]]:
     return {pid: fields for pid, fields in table.items() if fields}
 
 
-def descendants(of: int, spare: Set[int] = frozenset()) -> list[int]:
-    """Return the pids of the children of `of` and of all theirs.
-
-    Without those in `spare`, those whose group or session that is, and theirs.
-    """
+def descendants(spare: Set[int] = frozenset()) -> list[int]:
+    """Return our children and all theirs, but none of a group or session in `spare`."""
     children: dict[int, list[int]] = {}
     for pid, fields in process_table().items():
         # A program's group, and session, lives on while its leader is reaped.
         if not {pid, int(fields[2]), int(fields[3])} & spare:
             children.setdefault(int(fields[1]), []).append(pid)
-    found = list(children.get(of, ()))
+    found = list(children.get(os.getpid(), ()))
     for pid in found:  # grows while it is read: a walk, breadth first
         found += children.get(pid, ())
     return found
@@ -148,9 +144,8 @@ def group_lives(group: int) -> bool:
     """Return whether a group has more than zombies, which kill(2) counts too."""
     if not send(-group, 0):
         return False
-    table = process_table()
-    members = [fields for fields in table.values() if int(fields[2]) == group]
-    return not table or any(fields[0] not in (b"Z", b"X") for fields in members)
+    states = {one[0] for one in process_table().values() if int(one[2]) == group}
+    return not states or not states <= {b"Z", b"X"}
 
 
 def send(pid: int, number: int) -> bool:
@@ -180,35 +175,28 @@ class Init:
     """One command under an init. `run` returns the exit status; main thread, once."""
 
     def __init__(self, arguments: list[str]) -> None:
-        """Take what stands around `--`; without that in front there is no `command`.
-
-        Raises ValueError. By hand: argparse alone takes 8 ms to import.
-        """
+        """Take what stands around `--`, else have no `command`; raises ValueError."""
         self.command: list[str] = []
         self.rewrites: dict[int, int] = {}
         self.single, self.grace = False, GRACE
-        self.pid, self.target, self.terms, self.foreground = 0, 0, 0, False
-        self.code: int | None = None
         words = iter(arguments)
-        for option, equals, value in (word.partition("=") for word in words):
-            if option == "--" and not equals:
+        for word in words:
+            if word == "--":
                 self.command = list(words)
                 if not self.command:
                     raise ValueError("no command behind --")
-            elif option in ("-c", "--single-child"):
+            elif word in ("-c", "--single-child"):
                 self.single = True
-            elif option in ("-r", "--rewrite"):
-                old, _, new = (value if equals else next(words, "")).partition(":")
+            elif word == "-r":
+                old, _, new = next(words, "").partition(":")
                 source = signal_number(old)
                 if source in (signal.SIGKILL, signal.SIGSTOP):
                     raise ValueError(f"{old} cannot be caught or rewritten")
                 self.rewrites[source] = 0 if new == "0" else signal_number(new)
-            elif option == "--grace":
-                self.grace = float(value if equals else next(words, ""))
+            elif word == "--grace":
+                self.grace = float(next(words, ""))
                 if not self.grace >= 0:
-                    raise ValueError(
-                        f"--grace: expected seconds >= 0, got {self.grace}"
-                    )
+                    raise ValueError(f"--grace: expected seconds, got {self.grace}")
             else:
                 return
 
@@ -221,6 +209,7 @@ class Init:
         here = attempt(os.open, ".", os.O_RDONLY | os.O_DIRECTORY)
         if here >= 0:  # else unreadable or removed: the command stays here with us
             os.chdir("/")  # no mount is kept busy
+        self.code: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
             self.become_command(here, inherited)
@@ -236,7 +225,7 @@ class Init:
 
     def become_command(self, here: int, inherited: Any) -> None:
         """Turn this forked process into the command. Never returns."""
-        code, name = 126, self.command[0]
+        code = 126
         try:
             os.setpgid(0, 0)
             if self.foreground:
@@ -249,21 +238,19 @@ class Init:
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGCHLD, inherited)
-            environ = original_environ()
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
-            os.execvpe(name, self.command, environ)
+            os.execvpe(self.command[0], self.command, original_environ())
         except OSError as error:
             # With `tostop`, a background group is stopped by what it writes.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
             code = 127 if isinstance(error, FileNotFoundError) else 126
             reason = "no such command" if code == 127 else error.strerror
-            say(f"cannot run {name!r}: {reason}")
+            say(f"cannot run {self.command[0]!r}: {reason}")
         finally:
             os._exit(code)
 
     def pass_on(self, number: int) -> None:
         """Do what a signal asks for."""
-        self.terms += number == signal.SIGTERM
         wanted = self.rewrites.get(number, number)
         if number == signal.SIGCHLD:
             self.reap()
@@ -287,23 +274,20 @@ class Init:
 
     def reap(self) -> bool:
         """Collect what has ended or stopped; return whether there are children left."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
-            except ChildProcessError:
-                return False
-            if pid == 0:
-                return True
+        options = os.WNOHANG | os.WUNTRACED
+        while (found := attempt(os.waitpid, -1, options)) not in ((0, 0), -1):
+            pid, status = found
             if pid == self.pid and os.WIFSTOPPED(status):
                 # Stop with the command, but where no shell of our session could
                 # continue us, as the kernel ignores Ctrl-Z for an orphaned group.
                 parent = os.getppid()
-                if os.getpid() != 1 and parent and os.getsid(parent) == os.getsid(0):
+                if parent and os.getsid(parent) == os.getsid(0):  # PID 1 has none
                     os.kill(os.getpid(), signal.SIGSTOP)
                 self.resume()
             elif pid == self.pid:
                 code = os.waitstatus_to_exitcode(status)
                 self.code = code if code >= 0 else 128 - code
+        return bool(found == (0, 0))
 
     def sweep(self) -> None:
         """End what the command left: TERM, `grace` seconds, KILL.
@@ -313,24 +297,22 @@ class Init:
         """
         # A stopped process takes its TERM only when it is continued.
         numbers: list[int] = [signal.SIGTERM, signal.SIGCONT]
-        self.terms = 0
-        kill_at = time.monotonic() + self.grace
+        terms, kill_at = 0, time.monotonic() + self.grace
         signal.setitimer(signal.ITIMER_REAL, TICK, TICK)
         while self.reap() or send(-self.pid, 0):
             now = time.monotonic()
-            kill_at = min(kill_at, now) if self.terms >= 2 else kill_at
+            kill_at = min(kill_at, now) if terms >= 2 else kill_at
             if now >= kill_at + 1.0:
                 return  # it is in the kernel's hands
             if now >= kill_at:
                 numbers = [signal.SIGKILL]
-            pids = [-1]  # all that PID 1 may signal, itself excepted
-            if numbers and os.getpid() != 1:
-                pids = [-self.pid, *descendants(os.getpid())]
             for number in numbers:
+                # -1 is all that PID 1 may signal, itself excepted.
+                pids = [-1] if os.getpid() == 1 else [-self.pid, *descendants()]
                 for pid in pids:
                     send(pid, number)
             number = signal.sigwait(SIGNALS)
-            self.terms += number == signal.SIGTERM
+            terms += number == signal.SIGTERM
             numbers = [] if number in (signal.SIGCHLD, signal.SIGALRM) else [number]
 
 
@@ -345,6 +327,8 @@ if __name__ == "__main__":
     # A signal to PID 1 is lost until there is a handler, unless it is blocked: then it
     # waits. `Supervisor` unblocks these, and `main` for the verbs.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    # http.client loads OpenSSL, half of its 8 MB, for HTTPS alone. A host may want it.
+    sys.modules["ssl"] = None  # type: ignore[assignment]  # "import of ssl halted"
 
 import contextlib
 import enum
@@ -359,16 +343,12 @@ import shlex
 import socket
 import stat
 import subprocess
-import termios
 import threading
 import tomllib
 import typing
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from typing import TYPE_CHECKING, Annotated, Any, Generic, NamedTuple, assert_never
-
-if TYPE_CHECKING:
-    import http.server
+from typing import Annotated, Any, Generic, NamedTuple, assert_never
 
 T = typing.TypeVar("T")
 
@@ -380,11 +360,7 @@ T = typing.TypeVar("T")
 # is read by `read_table`, which collects what is wrong instead of raising at the first
 # mistake. Values are immutable and compare by value: a reload compares with `!=`.
 
-NAME = re.compile(r"[A-Za-z0-9_.-]+")
-VARIABLE = re.compile(r"\$\$\{|\$\{(?:([A-Za-z_]\w*)(?::-([^}]*))?\})?")
-LETTERS = "letters, digits, '_', '-', '.', and not 'all'"
-SIZE = re.compile(r"\A(\d+)\s*([KMG]?)B?\Z", re.IGNORECASE)
-TABLES = ("programs", "defaults")  # whose strings are expanded program by program
+VARIABLE = re.compile(r"\$(\$\{)|\$\{(?:([A-Za-z_]\w*)(?::-([^}]*))?\})?")
 NOWHERE = "/dev/null"
 TERMINALS = {"/dev/stdout": 1, "/dev/stderr": 2}  # by descriptor, never opened by path
 PLACE = "HOST:PORT with a number for HOST, [V6]:PORT, :PORT or unix:PATH"
@@ -445,13 +421,12 @@ class Check(NamedTuple):  # what a key accepts, once it is converted
 
 
 @functools.cache
-def declared(kind: type) -> dict[str, tuple[str, Check]]:
-    """Return the fields of a tuple class and their checks, by TOML key."""
-    hints = typing.get_type_hints(kind, include_extras=True)
+def declared(kind: type) -> dict[str, Check]:
+    """Return the checks of a tuple class by TOML key."""
     return {
         # In TOML `group` is the user's, in the status that of a program's instances.
-        field.replace("group_name", "group"): (field, check)
-        for field, hint in hints.items()
+        field.replace("group_name", "group"): check
+        for field, hint in typing.get_type_hints(kind, include_extras=True).items()
         for part in (hint, *typing.get_args(hint))  # of `Path | None`, the path
         for check in getattr(part, "__metadata__", ())
     }
@@ -469,14 +444,11 @@ def expand(value: Any, variables: Variables) -> Any:
     """Replace `${NAME}` and `${NAME:-default}` in all strings; `$${` gives `${`."""
 
     def replace(match: re.Match[str]) -> str:
-        name, default = match.groups()
-        if match[0] == "$${":
-            return "${"
-        if name not in variables and default is None:
-            raise ConfigError(
-                [f": {match[0]} is not set; write $${{ for a literal ${{"]
-            )
-        return variables.get(name) or default or ""
+        literal, name, default = match.groups()
+        if not literal and name not in variables and default is None:
+            text = f": {match[0]} is not set; write $${{ for a literal ${{"
+            raise ConfigError([text])
+        return literal or variables.get(name) or default or ""
 
     if isinstance(value, list):
         return [expand(one, variables) for one in value]
@@ -486,35 +458,29 @@ def expand(value: Any, variables: Variables) -> Any:
 
 
 def read_table(
-    kind: type,
-    table: Table,
-    locate: Callable[[str], str],
-    errors: list[str],
-    variables: Variables | None = None,
-) -> dict[str, Any]:
-    """Return the values of a TOML table by field, and add what is wrong to `errors`.
-
-    `locate` gives a key's dotted path; without `variables` nothing is expanded.
-    """
-    checks, values = declared(kind), {}
+    checks: Mapping[str, Check], table: Table, variables: Variables | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """Return a table's values by key, expanded if need be, and what is wrong."""
+    values, errors = {}, []
     for key, value in table.items():
         if key not in checks:
-            errors.append(f"{locate(key)}: unknown key{hint(key, checks)}")
+            errors.append(f"{key}: unknown key{hint(key, checks)}")
             continue
-        field, check = checks[key]
+        expects, accepts, convert = checks[key]
         try:
-            if variables is not None and key not in TABLES:
+            if variables is not None and checks[key] is not TABLE:
                 value = expand(value, variables)
-            found = check.convert(value)
-            if not check.accepts(found):
+            found = convert(value)
+            if not accepts(found):
                 raise ValueError
-            values[field] = tuple(found) if isinstance(found, list) else found
+            values[key] = tuple(found) if isinstance(found, list) else found
         except ConfigError as error:
-            errors += [locate(key) + line for line in error.errors]
+            errors += [key + line for line in error.errors]
+        except RecursionError:
+            errors.append(f"{key}: nested too deeply")
         except (AttributeError, TypeError, ValueError):
-            got = f"got {value!r:.80}"
-            errors.append(f"{locate(key)}: expected {check.expects}, {got}")
-    return values
+            errors.append(f"{key}: expected {expects}, got {value!r:.80}")
+    return values, errors
 
 
 def within(least: float, most: float, *types: type) -> Callable[[Any], bool]:
@@ -535,35 +501,30 @@ def if_text(convert: Callable[[str], object]) -> Callable[[Any], object]:
     return lambda value: convert(value) if isinstance(value, str) else value
 
 
-def to_size(value: int | str) -> int:
-    ((number, unit),) = SIZE.findall(str(value))  # ValueError if it is no size
-    return int(number) << 10 * "-KMG".index(unit.upper() or "-")
+def to_size(value: int | str) -> int:  # raises ValueError
+    if value == "unlimited":
+        return -1
+    ((number, unit),) = re.findall(r"\A(\d+)\s*([KMG]?)B?\Z", str(value).upper())
+    return int(number) << 10 * "-KMG".index(unit or "-")
 
 
 def to_rlimits(table: Table) -> dict[str, int]:
     """Return limits by the kernel's name for them; -1 is none (setrlimit(2))."""
     import resource
 
-    limits, errors = {}, []
-    for name, limit in table.items():
-        try:
-            getattr(resource, f"RLIMIT_{name.upper()}")
-            limits[name] = -1 if limit == "unlimited" else to_size(limit)
-        except (AttributeError, ValueError):
-            expected = 'expected a limit of setrlimit(2), a size or "unlimited"'
-            errors.append(f".{name}: {expected}, got {limit!r:.80}")
+    names = [name[7:].lower() for name in dir(resource) if name.startswith("RLIMIT_")]
+    limits, errors = read_table(dict.fromkeys(names, LIMIT), table)
     if errors:
-        raise ConfigError(errors)
+        raise ConfigError(f".{line}" for line in errors)
     return limits
 
 
 def to_health(table: Table) -> Health:
-    errors: list[str] = []
-    values = read_table(Health, table, ".{}".format, errors)
+    values, errors = read_table(declared(Health), table)
     if len({"http", "tcp", "command"} & table.keys()) != 1:
-        errors.append(": expected one of http, tcp and command")
+        errors.append("http: expected one of http, tcp and command")
     if errors:
-        raise ConfigError(errors)
+        raise ConfigError(f".{line}" for line in errors)
     return Health(**values)
 
 
@@ -571,34 +532,30 @@ is_text, is_path = re.compile(r"[^\0]*").fullmatch, re.compile(r"[^\0]+").fullma
 is_count, is_seconds = within(0, float("inf"), int), within(0, 1e9, int, float)
 is_words, is_id = list_of(is_text), within(0, 2**32 - 2, int)
 is_variable = re.compile(r"[^=\0]+").fullmatch
+is_pairs = list_of(lambda pair: is_variable(pair[0]) and is_text(pair[1]))
 to_list, split = if_text(lambda one: [one]), if_text(shlex.split)
 
 LIST = tuple[str, ...]
 TABLE = Check("a table", lambda one: isinstance(one, dict))
-PROBE = Check("a table", bool, to_health)
+LIMIT = Check('a size or "unlimited"', within(-1, float("inf"), int), to_size)
 LIMITS = Check("a table of limits", TABLE.accepts, to_rlimits)
-VARIABLES = Check(
-    "a table of strings",
-    lambda one: is_words([*one.values()]) and all(map(is_variable, one)),
-)
+VARIABLES = Check("a table of strings", lambda one: is_pairs([*one.items()]))
 ARGV = Check("a command", lambda argv: any(argv) and is_words(argv), split)
 ADDRESSES = Check(PLACE, list_of(lambda one: one == "" or parse_address(one)), to_list)
 INHERIT = Check("true, false or names", lambda one: type(one) is bool or is_words(one))
 CODES = Check("a list of codes from 0 to 255", list_of(within(0, 255, int)))
-INSTANCES = Check("a whole number from 1 to 10000", within(1, 10_000, int))
 USER = Check(
     "a name or a number",
     lambda one: is_id(int(one)) if str(one).isdecimal() else is_path(one),
 )
 UMASK = Check('octal, as in "022"', within(0, 0o777, int), lambda one: int(one, 8))
-RESTART, TYPE = one_of(True, False, "unexpected"), one_of("simple", "oneshot", "notify")
 SIGNAL = Check(
     "a signal's name", bool, lambda one: signal.Signals(signal_number(one)).name[3:]
 )
 
 Flag = Annotated[bool, one_of(True, False)]
 Count = Annotated[int, Check("a whole number >= 0", is_count)]
-Positive = Annotated[int, Check("a whole number >= 1", within(1, float("inf"), int))]
+Times = Annotated[int, Check("a whole number from 1 to 10000", within(1, 10_000, int))]
 Nice = Annotated[int, Check("a whole number from -20 to 19", within(-20, 19, int))]
 Size = Annotated[int, Check('bytes, or a string such as "10MB"', is_count, to_size)]
 Seconds = Annotated[float, Check("seconds >= 0", is_seconds)]
@@ -619,12 +576,8 @@ class Health(NamedTuple):  # the table `healthcheck`: one of three probes, its t
     command: Annotated[LIST, ARGV] = ()
     interval: Interval = 10.0
     timeout: Interval = 3.0
-    retries: Positive = 3
+    retries: Times = 3
     start_period: Seconds = 30.0
-
-    @property
-    def argv(self) -> tuple[str, ...]:
-        return self.command
 
 
 class Program(NamedTuple):
@@ -636,7 +589,7 @@ class Program(NamedTuple):
     needs: tuple[str, ...] = ()  # `depends_on`, by names of instances
     command: Annotated[LIST, ARGV] = ()
     args: Words = ()
-    numprocs: Annotated[int, INSTANCES] = 1
+    numprocs: Times = 1
     directory: Path | None = None
     environment: Annotated[Mapping[str, str], VARIABLES] = {}
     env_file: Some = ()
@@ -647,7 +600,7 @@ class Program(NamedTuple):
     nice: Nice | None = None
     rlimits: Annotated[Mapping[str, int], LIMITS] = {}
     autostart: Flag = True
-    autorestart: Annotated[bool | str, RESTART] = False
+    autorestart: Annotated[bool | str, one_of(True, False, "unexpected")] = False
     exitcodes: Annotated[tuple[int, ...], CODES] = (0,)
     startsecs: Seconds = 1.0
     startretries: Count | None = None
@@ -656,10 +609,10 @@ class Program(NamedTuple):
     stopsignal: Annotated[str, SIGNAL] = "TERM"
     stopwaitsecs: Seconds = 8.0
     stopasgroup: Flag = True
-    type: Annotated[str, TYPE] = "simple"
+    type: Annotated[str, one_of("simple", "oneshot", "notify")] = "simple"
     watchdog_secs: Interval | None = None
     depends_on: Words = ()
-    healthcheck: Annotated[Health | None, PROBE] = None
+    healthcheck: Annotated[Health | None, Check("a table", bool, to_health)] = None
     on_success: Ending = "ignore"
     on_failure: Ending = "ignore"
     logfile: Path | None = None
@@ -695,48 +648,47 @@ def read_program(
     name: str, table: Table, defaults: Table, environ: Variables, errors: list[str]
 ) -> Iterator[Program]:
     """Yield the instances of a program, without the values that are wrong."""
-
-    def locate(key: str) -> str:
-        return f"programs.{name}.{key}" if key in table else f"defaults.{key}"
-
-    if not NAME.fullmatch(name) or name == "all":
-        errors.append(f"programs.{name}: expected a name of {LETTERS}")
+    where, checks, count, number = f"programs.{name}", declared(Program), 1, 0
+    if not re.fullmatch(r"[\w.-]+", name, re.ASCII) or name == "all":
+        errors.append(f"{where}: expected letters, digits, '_', '-', '.'; not 'all'")
     if not isinstance(table, dict):
-        errors.append(f"programs.{name}: expected a table, got {table!r:.80}")
+        errors.append(f"{where}: expected a table, got {table!r:.80}")
         return
-    merged, count, number = {**defaults, **table}, 1, 0
-    with contextlib.suppress(KeyError, TypeError):  # unless both are tables
-        merged["environment"] = defaults["environment"] | table["environment"]
     if "command" not in table:
-        errors.append(f"programs.{name}.command: missing")
+        errors.append(f"{where}.command: missing")
     elif "args" in table:  # then a string is the executable itself
-        merged["command"] = to_list(table["command"])
+        table = {**table, "command": to_list(table["command"])}
     while number < count:
         variables = {**environ, "PROCESS_NUM": str(number)}
-        values = read_table(Program, merged, locate, errors, variables)
+        common, wrong = read_table(checks, defaults, variables)
+        errors += [f"defaults.{line}" for line in wrong]
+        own, wrong = read_table(checks, table, variables)
+        errors += [f"{where}.{line}" for line in wrong]
+        shared = common.get("environment", {})
+        values = {**common, **own, "environment": shared | own.get("environment", {})}
         count = values.pop("numprocs", 1)  # which is none of an instance's business
+        account = values.pop("group", None)
         instance = f"{name}:{number}" if count > 1 else name
-        program = Program(instance, name, number, **values)
+        program = Program(instance, name, number, group_name=account, **values)
         if program.watchdog_secs is not None and program.type != "notify":
-            errors.append(f'programs.{name}.watchdog_secs: expected type "notify"')
+            errors.append(f'{where}.watchdog_secs: expected type "notify"')
         yield program
         number += 1
 
 
-def resolve(programs: dict[str, Program], errors: list[str]) -> dict[str, Program]:
-    """Return the programs with what they need: `depends_on`, by names of instances."""
-    members: dict[str, list[str]] = {}
+def resolve(groups: dict[str, list[Program]], errors: list[str]) -> dict[str, Program]:
+    """Return all programs with what they need: `depends_on`, by names of instances."""
+    programs = {one.name: one for group in groups.values() for one in group}
+    members = {name: [one] for name, one in programs.items()} | groups
     for name, program in programs.items():
-        for key in {name, program.group}:
-            members.setdefault(key, []).append(name)
-    graph = {}
-    for name, program in programs.items():
-        for one in program.depends_on:
-            if one not in members:
+        needs: dict[str, None] = {}  # each once, in order
+        for key in program.depends_on:
+            if key not in members:
                 where = f"programs.{program.group}.depends_on"
-                errors.append(f"{where}: no program {one!r}{hint(one, members)}")
-        needs = [key for one in program.depends_on for key in members.get(one, ())]
-        graph[name] = tuple(dict.fromkeys(needs))
+                errors.append(f"{where}: no program {key!r}{hint(key, members)}")
+            needs |= dict.fromkeys(one.name for one in members.get(key, ()))
+        programs[name] = program._replace(needs=tuple(needs))
+    graph = {name: program.needs for name, program in programs.items()}
     if any(graph.values()):
         import graphlib  # only where there is an order
 
@@ -746,37 +698,32 @@ def resolve(programs: dict[str, Program], errors: list[str]) -> dict[str, Progra
             cycle = error.args[1][::-1]
             where = f"programs.{programs[cycle[0]].group}.depends_on"
             errors.append(f"{where}: cycle {' -> '.join(cycle)}")
-    return {name: programs[name]._replace(needs=graph[name]) for name in programs}
+    return programs
 
 
 def parse_config(
-    data: Table, environ: Variables, included: Mapping[str, Table] | None = None
+    data: Table, environ: Variables, included: Mapping[str, Table] = {}
 ) -> Config:
     """Return what parsed TOML means, `included` by file name; raises ConfigError."""
-    errors: list[str] = []
-    values = read_table(Config, data, str, errors, environ)
+    values, errors = read_table(declared(Config), data, environ)
     if values.get("token") and values.get("token_file"):
         errors.append("token_file: expected token or token_file, not both")
     defaults, tables = values.get("defaults", {}), dict(values.pop("programs", {}))
-    numbered = {**environ, "PROCESS_NUM": "0"}
-    read_table(Program, defaults, "defaults.{}".format, errors, numbered)
     for key in defaults.keys() & {"command", "args"}:
         errors.append(f"defaults.{key}: expected in a program only")
-    for file, content in (included or {}).items():
-        for key, more in content.items():
-            if key != "programs" or not isinstance(more, dict):
-                errors.append(f"{file}: {key}: expected tables of programs only")
-                continue
-            for name in tables.keys() & more.keys():
+    for file, content in included.items():
+        found, wrong = read_table({"programs": TABLE}, content)
+        errors += [f"{file}: {line} (it may hold programs only)" for line in wrong]
+        for name, table in found.get("programs", {}).items():
+            if name in tables:
                 errors.append(f"{file}: programs.{name}: defined twice")
-            tables.update(more)
-    programs: dict[str, Program] = {}
+            tables[name] = table
+    groups = {}
     for name, table in tables.items():
-        for program in read_program(name, table, defaults, environ, errors):
-            programs[program.name] = program
+        groups[name] = [*read_program(name, table, defaults, environ, errors)]
     if not tables and not errors:
         errors.append("programs: expected at least one program")
-    programs = resolve(programs, errors)
+    programs = resolve(groups, errors)
     if errors:
         raise ConfigError(errors)
     return Config(programs=programs, **values)
@@ -793,21 +740,24 @@ def read_toml(path: str) -> dict[str, Any]:
         raise ConfigError([f"{path}: not TOML: {error}"]) from None
 
 
-def load_config(path: str = "supervisors.toml") -> Config:
-    """Read a configuration and what it includes; raises ConfigError, never exits."""
+def load_config(path: str = "supervisors.toml", private: str = "") -> Config:
+    """Read a configuration and what it includes; raises ConfigError, never exits.
+
+    With `private` that is the control socket, and no `listen` means none.
+    """
     data, environ, included = read_toml(path), original_environ(), {}
-    for pattern in read_table(Config, data, str, [], environ).get("include", ()):
+    if private:
+        data = {"listen": "", **data, "control": private}
+    for pattern in read_table(declared(Config), data, environ)[0].get("include", ()):
         import glob  # only where something is included
 
         for file in sorted(glob.glob(os.path.join(os.path.dirname(path), pattern))):
             included[file] = read_toml(file)
     try:
         config = parse_config(data, environ, included)
+        return config._replace(path=os.path.realpath(path))
     except ConfigError as error:
         raise ConfigError(f"{path}: {line}" for line in error.errors) from None
-    except RecursionError:
-        raise ConfigError([f"{path}: nested too deeply"]) from None
-    return config._replace(path=os.path.realpath(path))
 
 
 # === 3. State machine =================================================================
@@ -830,6 +780,7 @@ class State(enum.Enum):
 # What STOPPING leads to: it was asked to stop, or to start again; its leader ended
 # unasked; or it was found to have failed, alive.
 After = enum.Enum("After", "STOP START JUDGE FAIL")
+BEGUN = (State.WAITING, State.STARTING, State.RUNNING)
 AWAITS_READY = "waiting for READY=1"
 KILL_AGAIN = 1.0  # seconds between SIGKILLs to a group that does not end
 
@@ -854,7 +805,7 @@ class Status(NamedTuple):
     healthy: bool | None = None
     checks_failed: int = 0  # in a row
     blocked: str = ""  # what it would have to wait for
-    blocked_as: str = ""  # "failing", or "failed" for good, if one of those is
+    blocked_as: str = ""  # "failing" or "failed", if the verdict on one of those is
 
     @property
     def is_alive(self) -> bool:
@@ -863,7 +814,7 @@ class Status(NamedTuple):
 
 class Blocked(NamedTuple):  # what it depends on is not ready; or is: no reason
     reason: str
-    cause: str = ""  # "failing": no mere delay; "failed": it will not end by itself
+    cause: str = ""  # the worst verdict on those, "failing" or "failed"
 
 
 class Checked(NamedTuple):  # a health check passed, or failed
@@ -901,7 +852,7 @@ def step(program: Program, now: float, status: Status, event: Event) -> Step:
     """Return the status after an event, and what is to be done.
 
     `begin` is STARTING, or WAITING while a dependency is not ready; `end` is what
-    `settle` decides; `=` stays; `!` cannot happen. Where there are two, it depends.
+    `judge` decides; `=` stays; `!` cannot happen. Where there are two, it depends.
 
                     STOPPED WAITING STARTING  RUNNING   BACKOFF STOPPING EXITED  FATAL
         Start       begin   =       =         =         begin   =        begin   begin
@@ -919,27 +870,33 @@ def step(program: Program, now: float, status: Status, event: Event) -> Step:
         Checked     =       =       =|STOPPING =|STOPPING =     =        =       =
     """
     state = status.state
+    if isinstance(event, Start) and state in BEGUN:
+        return status, ()
     if isinstance(event, (Start, Stop, Restart)):
-        return order(program, now, status, event)
+        after = After.STOP if isinstance(event, Stop) else After.START
+        if state is State.STOPPING:  # the last order wins
+            return status._replace(after=after), ()
+        proceed = halt if status.is_alive else judge
+        return proceed(program, now, status._replace(after=after, reason=""))
     if isinstance(event, Due):
         return due(program, now, status)
     if isinstance(event, Spawned):
         assert state is State.STARTING
-        status = status._replace(pid=event.pid, started=now, ran=-1.0, checks_failed=0)
-        if program.type == "notify":
-            return status._replace(reason=AWAITS_READY), ()
-        if program.type == "oneshot" or program.startsecs == 0:
-            return status._replace(state=State.RUNNING), ()
-        return status._replace(deadline=now + program.startsecs), ()
+        reason = AWAITS_READY if program.type == "notify" else ""
+        deadlines = {"oneshot": now, "notify": None}
+        deadline = deadlines.get(program.type, now + program.startsecs)
+        status = status._replace(pid=event.pid, started=now, reason=reason)
+        return due(program, now, status._replace(deadline=deadline))
     if isinstance(event, SpawnFailed):
         assert state is State.STARTING
+        status = status._replace(after=After.JUDGE, reason=event.reason)
         status = status._replace(ran=-1.0, exit_code=event.code, exit_signal=None)
-        return judge(program, now, status._replace(reason=event.reason))
+        return judge(program, now, status)
     if isinstance(event, Exited):
         return exited(program, now, status, event)
     if isinstance(event, Emptied):
         over = state is State.STOPPING
-        return settle(program, now, status) if over else (status, ())
+        return judge(program, now, status) if over else (status, ())
     if isinstance(event, Blocked):
         status = status._replace(blocked=event.reason, blocked_as=event.cause)
         return begin(status) if state is State.WAITING else (status, ())
@@ -957,52 +914,13 @@ def step(program: Program, now: float, status: Status, event: Event) -> Step:
     assert_never(event)
 
 
-def is_ready(program: Program, status: Status) -> bool:
-    """Return whether what depends on it may start."""
-    if program.type == "oneshot":
-        return status.state is State.EXITED and status.succeeded
-    passes = program.healthcheck is None or status.healthy is True
-    return status.state is State.RUNNING and passes
-
-
-def has_failed(status: Status) -> bool:
-    """Return whether it has ended, not as it should, and stays so by itself."""
-    failed = status.state is State.EXITED and not status.succeeded
-    return failed or status.state is State.FATAL
-
-
-def last_code(status: Status) -> int | None:
-    """Return how the last run ended: the code, or 128 plus the signal's number."""
-    return status.exit_code if status.exit_signal is None else 128 + status.exit_signal
-
-
-def exit_status(status: Status) -> int:
-    """Return the same for a final end: never 0 for a failure."""
-    return last_code(status) or int(has_failed(status))
-
-
-def order(
-    program: Program, now: float, status: Status, event: Start | Stop | Restart
-) -> Step:
-    """Have it stop, or have a new run: at once, or when the present one is over."""
-    runs = status.state in (State.WAITING, State.STARTING, State.RUNNING)
-    stops = isinstance(event, Stop)
-    if status.state is State.STOPPED if stops else runs and isinstance(event, Start):
-        return status, ()
-    after = After.STOP if stops else After.START
-    if status.state is State.STOPPING:
-        return status._replace(after=after), ()
-    proceed = halt if status.is_alive else settle
-    return proceed(program, now, status._replace(after=after, reason=""))
-
-
 def begin(status: Status, automatic: bool = False) -> Step:
     """Start a run, or wait for what it depends on."""
     state = State.WAITING if status.blocked else State.STARTING
-    status = status._replace(state=state, deadline=None, notified=False, status_text="")
     restarts = status.restarts + automatic
-    status = status._replace(restarts=restarts, reason=status.blocked)
-    return status, () if status.blocked else (Spawn(),)
+    status = status._replace(state=state, deadline=None, restarts=restarts)
+    status = status._replace(notified=False, status_text="", checks_failed=0)
+    return status._replace(reason=status.blocked), () if status.blocked else (Spawn(),)
 
 
 def halt(program: Program, now: float, status: Status) -> Step:
@@ -1014,16 +932,17 @@ def halt(program: Program, now: float, status: Status) -> Step:
 
 def due(program: Program, now: float, status: Status) -> Step:
     """Do what the deadline of a state was for, if it has come."""
+    state = status.state
     if status.deadline is None or now < status.deadline:
         return status, ()
-    if status.state is State.STARTING:
+    if state is State.STARTING:
         return status._replace(state=State.RUNNING, deadline=None), ()
-    if status.state is State.RUNNING:
+    if state is State.RUNNING:
         reason = f"no WATCHDOG=1 for {program.watchdog_secs:g} s"
         return halt(program, now, status._replace(after=After.FAIL, reason=reason))
-    if status.state is State.BACKOFF:
+    if state is State.BACKOFF:
         return begin(status, automatic=True)
-    if status.state is not State.STOPPING:
+    if state is not State.STOPPING:
         return status, ()
     killed, reason = f"killed after {program.stopwaitsecs:g} s", status.reason
     if killed not in reason:
@@ -1040,35 +959,29 @@ def exited(program: Program, now: float, status: Status, event: Exited) -> Step:
         status = status._replace(after=After.JUDGE, reason=describe_end(status))
         status, actions = halt(program, now, status)
     if not event.survivors:
-        return settle(program, now, status)
+        return judge(program, now, status)
     if program.stopasgroup:
         return status, actions
     return status._replace(deadline=now + KILL_AGAIN), (Kill(),)
 
 
-def settle(program: Program, now: float, status: Status) -> Step:
-    """Decide what follows a run that is over, its whole group gone."""
-    if status.after in (After.JUDGE, After.FAIL):
-        return judge(program, now, status)
-    status = status._replace(deadline=None, healthy=None, failures=0)
-    if status.after is After.START:
-        return begin(status)
-    return status._replace(state=State.STOPPED), ()
-
-
 def judge(program: Program, now: float, status: Status) -> Step:
-    """Decide whether and when a program that ended unasked comes back.
+    """Decide what follows a run that is over, its whole group gone.
 
     An expected end after `startsecs` is no failure. Any other is; the first after
     `startsecs` is forgiven, then the waits double, and only a run of `backoff_limit`
     starts the count anew, so that a slow crash loop trips as well.
     """
-    executed = status.ran >= 0
-    expected = executed and exit_status(status) in program.exitcodes
-    expected = expected and status.after is not After.FAIL
-    status = status._replace(deadline=None, healthy=None, succeeded=expected)
+    status = status._replace(deadline=None, healthy=None)
+    if status.after is After.STOP:
+        return status._replace(state=State.STOPPED, failures=0), ()
+    if status.after is After.START:
+        return begin(status._replace(failures=0))
+    executed, failed = status.ran >= 0, status.after is After.FAIL
+    expected = executed and not failed and last_code(status) in program.exitcodes
     if program.autorestart is False or (expected and program.autorestart is not True):
-        return status._replace(state=State.EXITED if executed else State.FATAL), ()
+        state = State.EXITED if executed else State.FATAL
+        return status._replace(state=state, succeeded=expected), ()
     announced = program.type != "notify" or status.notified
     stayed_up = announced and status.ran >= program.startsecs
     if expected and stayed_up:
@@ -1076,7 +989,7 @@ def judge(program: Program, now: float, status: Status) -> Step:
     failures = 1 + (status.failures if status.ran < program.backoff_limit else 0)
     status = status._replace(failures=failures)
     if program.startretries is not None and failures > program.startretries:
-        return status._replace(state=State.FATAL), ()
+        return status._replace(state=State.FATAL, succeeded=False), ()
     if failures == 1 and stayed_up:
         return begin(status, automatic=True)
     doublings = min(failures - 1, 60)  # 2**60 seconds is beyond every limit
@@ -1086,27 +999,14 @@ def judge(program: Program, now: float, status: Status) -> Step:
     return status._replace(state=State.BACKOFF, deadline=now + wait * factor), ()
 
 
-def describe_end(status: Status) -> str:
-    if status.exit_signal is not None:
-        return f"killed by {signal_name(status.exit_signal)}"
-    return f"exit code {status.exit_code}"
-
-
-def signal_name(number: int) -> str:
-    """Return `SIGTERM` for 15; real-time signals are numbers above SIGRTMIN."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"SIGRTMIN+{number - signal.SIGRTMIN}"
-
-
 def checked(program: Program, now: float, status: Status, event: Checked) -> Step:
     check, failed = program.healthcheck, status.checks_failed + 1
     if check is None or status.state not in (State.STARTING, State.RUNNING):
         return status, ()
     if event.passed:
-        silent = program.type == "notify" and status.state is State.STARTING
-        reason = AWAITS_READY if silent else ""
+        reason = (
+            AWAITS_READY if program.type == "notify" and not status.notified else ""
+        )
         return status._replace(healthy=True, checks_failed=0, reason=reason), ()
     # As in Compose, the start period ends with the first check that passes.
     if status.healthy is None and now < status.started + check.start_period:
@@ -1119,39 +1019,65 @@ def checked(program: Program, now: float, status: Status, event: Checked) -> Ste
     return (status, ()) if program.autorestart is False else halt(program, now, status)
 
 
-def verdict(program: Program, status: Status) -> str:
-    """Return "ok", "starting" or "failing"; "" for one that does not count.
+def last_code(status: Status) -> int | None:
+    """Return how the last run ended: the code, or 128 plus the signal's number."""
+    return status.exit_code if status.exit_signal is None else 128 + status.exit_signal
 
-    Those do not count that were stopped on purpose or have ended as they should.
+
+def describe_end(status: Status) -> str:
+    if status.exit_signal is None:
+        return f"exit code {status.exit_code}"
+    return f"killed by {signal_name(status.exit_signal)}"
+
+
+def signal_name(number: int) -> str:
+    """Return `SIGTERM` for 15; real-time signals are numbers above SIGRTMIN."""
+    names = {int(one): one.name for one in signal.Signals}
+    return names.get(number) or f"SIGRTMIN+{number - signal.SIGRTMIN}"
+
+
+def has_failed(status: Status) -> bool:
+    """Return whether it has ended, not as it should, and stays so by itself."""
+    return status.state in (State.EXITED, State.FATAL) and not status.succeeded
+
+
+def verdict(program: Program, status: Status) -> str:
+    """Return "ok", "starting", "failing", or "failed" for good.
+
+    "" if it does not count: it was stopped on purpose or has ended as it should.
     """
     state = status.state
-    if state is State.STOPPED or (state is State.EXITED and status.succeeded):
+    if has_failed(status):
+        return "failed"
+    if state in (State.STOPPED, State.EXITED):
         return ""
     if state is State.STOPPING:
         return {After.STOP: "", After.FAIL: "failing"}.get(status.after, "starting")
-    waits_in_vain = state is State.WAITING and status.blocked_as
-    if waits_in_vain or status.healthy is False or has_failed(status):
+    if state is State.WAITING:
+        return status.blocked_as or "starting"
+    if state is State.BACKOFF or status.healthy is False:
         return "failing"
     passes = program.healthcheck is None or status.healthy
-    started = "ok" if state is State.RUNNING and passes else "starting"
-    return "failing" if state is State.BACKOFF else started
+    return "ok" if state is State.RUNNING and passes else "starting"
+
+
+def is_ready(program: Program, status: Status) -> bool:
+    """Return whether what depends on it may start."""
+    if program.type == "oneshot":
+        return status.state is State.EXITED and status.succeeded
+    return verdict(program, status) == "ok"
 
 
 def blocked_by(others: Mapping[str, tuple[Program, Status]]) -> Blocked:
     """Return what a program has to wait for: those of its dependencies not ready."""
-    waits, causes = [], []
+    waits, verdicts = [], set[str]()
     for name, (other, status) in others.items():
-        if is_ready(other, status):
-            continue
-        waits_itself = status.state is State.WAITING
-        told = f": {status.reason}" if status.reason and not waits_itself else ""
-        waits.append(f"{name} ({status.state.value}{told})")
-        if has_failed(status) or (waits_itself and status.blocked_as == "failed"):
-            causes.append("failed")
-        elif verdict(other, status) == "failing":
-            causes.append("failing")
-    # "failed" comes before "failing", in the alphabet as in weight.
-    cause = min(causes, default="")
+        if not is_ready(other, status):
+            known = "" if status.state is State.WAITING else status.reason
+            words = filter(None, (status.state.value, known))
+            waits.append(f"{name} ({': '.join(words)})")
+            verdicts.add(verdict(other, status))
+    cause = min(verdicts & {"failed", "failing"}, default="")  # the graver is smaller
     return Blocked("waiting for " + ", ".join(waits) if waits else "", cause)
 
 
@@ -1186,12 +1112,8 @@ def cut_lines(data: bytes, mark: bytes = b"\n") -> tuple[bytes, bytes]:
     return b"".join([*done, data[at:end]]), data[end:]
 
 
-def log_formatter(
-    log_format: str, name: str, stream: str, width: int = 0, colour: int | None = None
-) -> Format:
+def log_formatter(log_format: str, name: str, stream: str, prefix: str) -> Format:
     """Return the function that formats the lines of one stream of one program."""
-    label = f"{name:<{width}}"
-    prefix = f"{label} | " if colour is None else f"\033[{colour}m{label} |\033[0m "
     start, stamped = prefix.encode(), log_format == "timestamp"
 
     def add_prefix(lines: bytes, now: float) -> bytes:
@@ -1249,10 +1171,6 @@ ITEM = 64  # bytes that each costs besides its text
 FAREWELL = 1.0  # seconds that the last output has at the end
 
 
-class Lagged(Exception):
-    """A follower was too slow: what it would read next is gone."""
-
-
 class Feed(Generic[T]):
     """The newest items of something, which any thread may append to and follow.
 
@@ -1278,22 +1196,18 @@ class Feed(Generic[T]):
                 self.size -= self.items.popleft()[0]
             self.changed.notify_all()
 
-    def read(self, after: int, timeout: float) -> tuple[list[T], int]:
+    def read(self, after: int | None, timeout: float) -> tuple[list[T], int]:
         """Wait for items from number `after` on; return them, and the next's number.
 
-        They are none at the timeout, and when the feed is closed. Raises Lagged.
+        They are none at the timeout, and when the feed is closed. None is the number of
+        the oldest that is kept. Raises ConnectionAbortedError: the reader was too slow.
         """
         with self.changed:
-            self.changed.wait_for(lambda: self.closed or self.end > after, timeout)
-            missing = self.end - after
-            if missing > len(self.items):
-                raise Lagged
-            return [self.items[i][1] for i in range(-missing, 0)], self.end
-
-    def newest(self) -> tuple[list[T], int]:
-        """Return all items that are kept, and the number of the next."""
-        with self.changed:
-            return [item for _, item in self.items], self.end
+            at = self.end - len(self.items) if after is None else after
+            self.changed.wait_for(lambda: self.closed or self.end > at, timeout)
+            if self.end - at > len(self.items):
+                raise ConnectionAbortedError
+            return [self.items[i][1] for i in range(at - self.end, 0)], self.end
 
     def close(self) -> None:
         with self.changed:
@@ -1311,83 +1225,76 @@ class Feed(Generic[T]):
                 self.followers -= 1
 
 
-class Output:  # of one program, over all its runs
-    def __init__(self, name: str) -> None:
-        self.dropped = 0  # bytes
-        # The newest lines by stream, where no file keeps them.
-        self.recent: Feed[tuple[str, bytes]] = Feed(REMEMBERED, LAG)
+class Output(Feed[tuple[str, bytes]]):  # of one program, by stream, if no file has it
+    dropped = 0  # bytes that could not be written
 
 
 class Sink:
     """Where lines go. `put` writes a piece and returns its length, 0 to wait."""
 
+    maxbytes = backups = 0
+    complained = float("-inf")
+    torn = False  # in the middle of a line, by a failure
+    held = memoryview(b"")  # what it did not take yet; its sources are not read then
+    put: Callable[[memoryview], int]
+
     def __init__(self, name: str, fd: int = -1) -> None:
         self.name, self.fd = name, fd
-        self.maxbytes = self.backups = 0
-        self.complained = float("-inf")
-        self.torn = False  # in the middle of a line
-        self.held = memoryview(b"")  # what it did not take yet
-        self.waiting: list[Source] = []  # not read while something is held
-
-    def put(self, data: memoryview) -> int:
-        raise NotImplementedError
 
     def reopen(self) -> None:
         """Let go of the file; the next write opens it anew."""
 
 
+def line_starts(fd: int, end: int, least: int = 0) -> Iterator[int]:
+    """Yield where lines of a file begin, back from `end` to `least`; at last 0."""
+    while end > least:
+        start = max(end - PIPE, least)
+        chunk = os.pread(fd, end - start, start)
+        at = len(chunk)
+        while (at := chunk.rfind(b"\n", 0, at)) >= 0:
+            yield start + at + 1
+        end = start
+    yield 0
+
+
 class FileSink(Sink):
     """A log file, rotated at `maxbytes` on a line boundary; 0 never rotates."""
 
-    is_regular = False
-    size = 0
-    searched = 0  # so many bytes at its beginning hold no line end
+    size = 0  # stays 0 for what is no regular file: that is not rotated
+    line = sys.maxsize  # where the unfinished line begins; not behind the end
 
     def put(self, data: memoryview) -> int:
         self.check()
         fits = len(data)
-        if self.is_regular and 0 < self.maxbytes < self.size + fits:
+        if 0 < self.maxbytes < self.size + fits:
             room = max(self.maxbytes - self.size, 0)
             fits = bytes(data[:room]).rfind(b"\n") + 1
             if not fits:
-                self.rotate(self.line_start())
+                self.rotate()
                 fits = bytes(data).find(b"\n") + 1 or len(data)
-        return os.write(self.fd, data[:fits])
+        count = os.write(self.fd, data[:fits])
+        # To copy all would cost too much; then it stays where an earlier line begins.
+        if whole := bytes(data[:count][-PIPE:]).rfind(b"\n") + 1:
+            self.line = self.size + max(count - PIPE, 0) + whole
+        return count
 
     def check(self) -> None:
         """Open the file, anew if it was removed; learn what its size is now."""
         if self.fd >= 0 and not os.fstat(self.fd).st_nlink:
             self.reopen()
         if self.fd < 0:
-            self.fd, self.is_regular = open_log(self.name, os.O_RDWR)
+            self.fd = open_log(self.name, os.O_RDWR)
         self.size = os.fstat(self.fd).st_size  # it may have been truncated
-        if self.size < self.searched:
-            self.searched = 0
+        self.line = min(self.line, self.size)
 
-    def line_start(self) -> int:
-        """Return where the file's unfinished line begins; its size if it has none."""
-        end = self.size
-        while end > self.searched:
-            start = max(end - PIPE, self.searched)
-            found = os.pread(self.fd, end - start, start).rfind(b"\n") + 1
-            if found:
-                return start + found
-            end = start
-        self.searched = self.size
-        return 0
-
-    def rotate(self, start: int) -> None:
-        """web.log -> web.log.1 -> ... -> web.log.N; without backups, start over.
-
-        The unfinished line at `start` moves on, so that none is split; and a file that
-        is nothing but that stays.
-        """
-        if start == 0:
+    def rotate(self) -> None:
+        """web.log -> web.log.1 -> ... -> web.log.N; without backups, start over."""
+        if self.line == 0:  # it is nothing but the line that goes on
             return
-        line = os.pread(self.fd, self.size - start, start)
-        os.ftruncate(self.fd, start if self.backups else 0)
-        names = [self.name, *(f"{self.name}.{n + 1}" for n in range(self.backups))]
-        for older, newer in zip(names[:0:-1], names[-2::-1]):
+        line = os.pread(self.fd, self.size - self.line, self.line)
+        os.ftruncate(self.fd, self.line if self.backups else 0)
+        for n in range(self.backups, 0, -1):
+            older, newer = f"{self.name}.{n}", f"{self.name}.{n - 1}".removesuffix(".0")
             if os.path.lexists(newer):
                 # Renaming over it, ext4 would first write the new one to the disk (its
                 # auto_da_alloc): at 64 KB writes that halves what the log takes.
@@ -1396,65 +1303,54 @@ class FileSink(Sink):
                 os.rename(newer, older)
         self.reopen()
         self.check()
-        os.write(self.fd, line)
+        self.size += os.write(self.fd, line)
 
     def reopen(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
-        self.fd, self.searched = -1, 0
+        self.fd, self.line = -1, sys.maxsize
 
 
-def open_log(path: str, access: int = os.O_WRONLY) -> tuple[int, bool]:
-    """Open a log file to append, and make its folders; return whether it is regular.
+def open_log(path: str, access: int = os.O_WRONLY) -> int:
+    """Open a log file to append, and make its folders.
 
     Without O_NONBLOCK the open of a FIFO that nobody reads would hang.
     """
     with contextlib.suppress(FileExistsError):
         os.makedirs(os.path.dirname(path), exist_ok=True)
     flags = os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-    fd = os.open(path, access | flags, 0o666)
-    return fd, stat.S_ISREG(os.fstat(fd).st_mode)
+    return os.open(path, access | flags, 0o666)
 
 
 class TerminalSink(Sink):
     """Standard output or error, which may be a terminal or a pipe that nobody reads.
 
-    Its descriptor is shared with the shell and cannot be made non-blocking; so it is
-    written to only as much as it certainly takes.
+    The shell's description of it must stay blocking, one of our own need not. Where
+    none is to be had, as of a socket, only what it certainly takes is written.
     """
 
     def __init__(self, fd: int) -> None:
         super().__init__(f"descriptor {fd}", fd)
-        # A terminal that poll(2) calls writable may take less, and then block; a
-        # description of our own can be non-blocking without the shell's being it.
-        with contextlib.suppress(OSError):
-            path = os.ttyname(fd)
-            fd = self.fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-        self.poll = select.poll()
-        self.poll.register(fd, select.POLLOUT)
         self.takes = select.PIPE_BUF  # when poll(2) calls it writable
-        self.capacity = 0  # of a pipe; it takes all of that when it is empty
-        with contextlib.suppress(OSError, AttributeError):  # F_GETPIPE_SZ: Linux
-            if stat.S_ISREG(os.fstat(fd).st_mode):
-                self.takes = BUFFER
-            self.capacity = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+        with contextlib.suppress(OSError):
+            if not stat.S_ISREG(os.fstat(fd).st_mode):  # its position is shared, too
+                path = os.ttyname(fd) if os.isatty(fd) else f"/proc/self/fd/{fd}"
+                self.fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            self.takes = BUFFER
+        self.poll = select.poll()
+        self.poll.register(self.fd, select.POLLOUT)
 
     def put(self, data: memoryview) -> int:
         room = self.takes if self.poll.poll(0) else 0
-        if self.capacity and not any(fcntl.ioctl(self.fd, termios.FIONREAD, bytes(4))):
-            room = self.capacity
-        with contextlib.suppress(BlockingIOError):  # somebody made it non-blocking
+        with contextlib.suppress(BlockingIOError):
             return os.write(self.fd, data[:room])
         return 0
 
 
-class Source(NamedTuple):
-    """The read end of one pipe, and what becomes of the bytes."""
-
+class Source(NamedTuple):  # the read end of one pipe, and what becomes of the bytes
     fd: int
     sink: Sink
     output: Output
-    recent: Feed[tuple[str, bytes]] | None
     stream: str
     format_lines: Format | None
     whole_lines: bool  # others write to the same place
@@ -1473,7 +1369,7 @@ class LogThread:
         self.selector.register(self.wake_read, selectors.EVENT_READ, wake_up)
         self.buffer = memoryview(bytearray(BUFFER))
         self.moved = 0  # bytes in this pass
-        self.sinks: dict[int | str, Sink] = {2: TerminalSink(2)}
+        self.sinks: dict[int | str, Sink] = {1: TerminalSink(1), 2: TerminalSink(2)}
         self.sources: dict[Source, bytes] = {}  # with what a next line begins with
         self.closing = float("inf")
         self.thread = threading.Thread(target=self.run, name="log", daemon=True)
@@ -1497,11 +1393,6 @@ class LogThread:
         data = f"{line}\n".encode(errors="replace")
         self.post(functools.partial(self.write, self.sinks[2], data))
 
-    def reopen(self) -> None:
-        """Have every log file reopened, as after a rotation by somebody else."""
-        for sink in list(self.sinks.values()):
-            self.post(sink.reopen)
-
     def close(self) -> None:
         """Write what there still is, for a second at most, and end the thread."""
         self.closing = time.monotonic() + FAREWELL
@@ -1518,16 +1409,15 @@ class LogThread:
             if 0 < self.turn(None) < LITTLE:
                 time.sleep(NAP)
         while time.monotonic() < self.closing:
-            held = any(sink.held for sink in self.sinks.values())
-            if not self.turn(NAP) and not held:
+            busy = bool(self.jobs) or any(one.held for one in self.sinks.values())
+            if not self.turn(NAP) and not busy:
                 break
         for source in list(self.sources):
             self.end(source)
-        for sink in self.sinks.values():
-            sink.reopen()
         self.selector.close()
-        os.close(self.wake_read)
-        os.close(self.wake_write)
+        fds = {self.wake_read, self.wake_write, self.sinks[1].fd, self.sinks[2].fd}
+        for fd in fds - {1, 2}:
+            os.close(fd)
 
     def turn(self, timeout: float | None) -> int:
         """Do what is to be done now; return the bytes that were read."""
@@ -1542,15 +1432,6 @@ class LogThread:
                 time.sleep(TICK)
         return self.moved
 
-    def sink(self, target: int | str, maxbytes: int, backups: int) -> Sink:
-        """Return the sink of a target, with these limits from now on."""
-        if target not in self.sinks:
-            new = TerminalSink(target) if isinstance(target, int) else FileSink(target)
-            self.sinks[target] = new
-        sink = self.sinks[target]
-        sink.maxbytes, sink.backups = maxbytes, backups
-        return sink
-
     def add(self, source: Source) -> None:
         """Read a pipe from now on."""
         self.sources.setdefault(source, b"")
@@ -1561,32 +1442,34 @@ class LogThread:
         """Read a pipe once, unless its sink holds something."""
         if source.sink.held:
             self.selector.unregister(source.fd)
-            source.sink.waiting.append(source)
             return
         count = os.readv(source.fd, [self.buffer])
         if count == 0:
             self.selector.unregister(source.fd)
             self.end(source)
-        elif PIPE // 2 <= count <= PIPE:
+            return
+        if PIPE // 2 <= count <= PIPE:
             # Full, or nearly: what is written in short pieces leaves gaps in its pages.
             # The user's share of pipe memory may be used up; and this is Linux only.
             with contextlib.suppress(OSError, AttributeError):
                 fcntl.fcntl(source.fd, fcntl.F_SETPIPE_SZ, BUFFER)
         self.moved += count
         lines: bytes | memoryview = self.buffer[:count]
-        if count and (source.format_lines or source.whole_lines):
+        if source.format_lines or source.whole_lines:
             data = b"".join([self.sources[source], lines])
             mark = b"\n" if source.format_lines else b""
             lines, self.sources[source] = cut_lines(data, mark)
-        self.emit(source, lines)
+        if lines:
+            self.emit(source, lines)
 
     def emit(self, source: Source, lines: bytes | memoryview) -> None:
-        if lines and source.recent is not None:
-            kept = bytes(lines if source.recent.followers else lines[-REMEMBERED:])
-            source.recent.append((source.stream, kept), len(kept) + ITEM)
-        if lines and source.format_lines:
+        output = source.output
+        if isinstance(source.sink, TerminalSink):
+            kept = bytes(lines if output.followers else lines[-REMEMBERED:])
+            output.append((source.stream, kept), len(kept) + ITEM)
+        if source.format_lines:
             lines = source.format_lines(bytes(lines), time.time())
-        source.output.dropped += self.write(source.sink, lines)
+        output.dropped += self.write(source.sink, lines)
 
     def end(self, source: Source) -> None:
         """Forget a pipe that has ended, but not a last line without end."""
@@ -1598,33 +1481,35 @@ class LogThread:
 
     def write(self, sink: Sink, data: bytes | memoryview = b"") -> int:
         """Write, and hold what is not taken yet; return how many bytes were dropped."""
-        held, dropped = sink.held, 0
+        held, torn, dropped = sink.held, sink.torn, 0
         if data and len(held) > HELD:  # messages; the pipes are not read meanwhile
             return len(data)
-        if sink.torn and data:  # the line that a failure cut off ends here
-            data, sink.torn = b"\n" + bytes(data), False
-        left = memoryview(b"".join([held, data]) if held and data else held or data)
-        begun: bytes | memoryview = b""  # the last byte that was written
+        sink.torn = False
+        if torn:  # the line that a failure cut off ends here
+            data = b"\n" + bytes(data)
+        text = b"".join([held, data]) if held and data else held or data
+        whole = left = memoryview(text)
         try:
             while left and (count := sink.put(left)):
-                begun, left = left[count - 1 : count], left[count:]
+                left = left[count:]
         except OSError as error:
-            sink.torn = begun not in (b"", b"\n")
-            dropped, left = len(left), memoryview(b"")
+            dropped, left = len(left), left[:0]
+            begun = bytes(whole[:-dropped][-1:])  # the last byte that was written
+            sink.torn = begun != b"\n" if begun else torn
             if time.monotonic() >= sink.complained + SAY_AGAIN:
                 sink.complained = time.monotonic()
-                text = f"cannot write to {sink.name}: {error.strerror}; dropping"
-                self.say("", text, "warning")
-        # Without `held` it is part of the buffer.
-        sink.held = left if held else memoryview(bytes(left))
-        if sink.held and not held:
+                reason = f"cannot write to {sink.name}: {error.strerror}; dropping"
+                self.say("", reason, "warning")
+        # Only a terminal leaves something: formatted lines, no part of the buffer.
+        sink.held = left
+        if left and not held:
             job = functools.partial(self.write, sink)
             self.selector.register(sink.fd, selectors.EVENT_WRITE, job)
-        elif held and not sink.held:
+        elif held and not left:
             self.selector.unregister(sink.fd)
-            for source in sink.waiting:
-                self.add(source)
-            sink.waiting.clear()
+            for source in self.sources:
+                if source.sink is sink and source.fd not in self.selector.get_map():
+                    self.add(source)
         return dropped
 
 
@@ -1638,7 +1523,8 @@ class LogThread:
 RUN_VARIABLE = "SUPERVISOR_RUN"  # HASH.PID.START of the supervisor, for leftovers
 OWN_VARIABLES = {"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"}  # ours, of systemd
 OWN_VARIABLES |= {"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"}
-MOST_FILES = 65536  # of ours, however high the hard limit is
+# Of ours, however high the hard limit is; more is an error on macOS (setrlimit(2)).
+MOST_FILES = 65536 if sys.platform == "linux" else 10240
 # KEY=VALUE, which quotes may stretch over lines; a comment; or, last, a wrong line.
 ENV_ENTRY = re.compile(
     r"""^[ \t]*(?:\#.*|(?:export[ \t]+)?([A-Za-z_][\w.-]*)[ \t]*=
@@ -1661,37 +1547,19 @@ try:
     for step in steps:
         exec(step)
 except FileNotFoundError:
-    report = "127 no such command: %r" % argv[0]
+    code, report = 127, "no such command: %r" % argv[0]
 except (OSError, ValueError) as error:
-    report = "126 cannot %s: %s" % (step, getattr(error, "strerror", None) or error)
+    reason = getattr(error, "strerror", None) or error
+    code, report = 126, "cannot %s: %s" % (step, reason)
 write(fd, report.encode(errors="replace"))
-_exit(126)
+_exit(code)
 """
-Environ = dict[str, str]
-Descriptors = tuple[int, int | None, int | None]  # standard streams; None is ours
-Child = NamedTuple("Child", [("pid", int), ("report", int | None)])  # a pipe, if any
 
 
-class SpawnError(Exception):
-    """A program cannot be executed; `code` is 127 for a missing command, else 126."""
-
-    def __init__(self, reason: str, code: int = 126) -> None:
-        self.reason, self.code = reason, code
-
-
-class Account(NamedTuple):
-    """Who a program runs as: what to switch to, if to anything, and its variables."""
-
-    variables: Environ
-    user: int | None = None
-    group: int | None = None
-    groups: list[int] | None = None
-
-
-def find_account(program: Program) -> Account:
-    """Return the account of `user` and `group`; SpawnError, rather than another."""
+def find_account(program: Program) -> tuple[Variables, dict[str, Any]]:
+    """Return a user's variables, and what Popen is to switch to; raises ValueError."""
     if program.user is None and program.group_name is None:
-        return Account({})
+        return {}, {}
     import grp  # these two only where somebody is named
     import pwd
 
@@ -1702,7 +1570,7 @@ def find_account(program: Program) -> Account:
             entry = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
         except KeyError:  # fine for a number, as in images without users
             if not name.isdecimal():
-                raise SpawnError(f"no such user: {name!r}") from None
+                raise ValueError(f"no such user: {name!r}") from None
             entry = pwd.struct_passwd((name, "", int(name), int(name), "", "/", ""))
         name, _, uid, gid, _, home, shell = entry
         groups = os.getgrouplist(name, gid)
@@ -1712,163 +1580,65 @@ def find_account(program: Program) -> Account:
         try:
             gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
         except KeyError:
-            raise SpawnError(f"no such group: {group!r}") from None
+            raise ValueError(f"no such group: {group!r}") from None
     if 0 != os.geteuid() == uid and gid == os.getegid():  # this needs no right
-        return Account(variables)
-    return Account(variables, uid, gid, [*{gid, *groups}])
+        return variables, {}
+    return variables, {"user": uid, "group": gid, "extra_groups": [*{gid, *groups}]}
 
 
-def read_env_files(program: Program) -> str:
-    """Return what its `env_file`s hold, as /proc/PID/environ; raises SpawnError."""
-    variables, escapes = {}, {"n": "\n", "t": "\t", "r": "\r"}
+def read_env_files(program: Program) -> Variables:
+    """Return the variables of its `env_file`s; raises OSError and ValueError."""
+    variables, escapes = dict[str, str](), {"n": "\n", "t": "\t", "r": "\r"}
     for path in program.env_file:
-        try:
-            with open(path, encoding="utf-8", errors="surrogateescape") as file:
-                text = file.read()
-        except OSError as error:
-            reason = f"cannot read env_file {path!r}: {error.strerror}"
-            raise SpawnError(reason) from None
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            text = file.read()
         for match in ENV_ENTRY.finditer(text):
             name, double, single, bare, wrong = match.groups("")
             if wrong:
                 number = text.count("\n", 0, match.start()) + 1
-                raise SpawnError(f"{path}:{number}: expected KEY=VALUE")
+                raise ValueError(f"{path}:{number}: expected KEY=VALUE")
             double = re.sub(r"\\([\s\S])", lambda m: escapes.get(m[1], m[1]), double)
-            variables[name] = double or single or bare.strip()
-    return "\0".join(f"{name}={variables[name]}" for name in variables if name)
+            if name:  # else it is a comment
+                variables[name] = double or single or bare.strip()
+    return variables
 
 
-def split_environ(text: str) -> Environ:
-    """Return the variables of a text such as /proc/PID/environ (proc(5))."""
-    return dict(entry.split("=", 1) for entry in text.split("\0") if "=" in entry)
-
-
-def program_environ(
-    program: Program, base: Environ, account: Account, files: str, extra: Environ
-) -> Environ:
-    """Return the environment of a program; `files` is what `read_env_files` gave."""
-    chosen = program.inherit_env
-    names = set(base if chosen is True else chosen or ()) - OWN_VARIABLES
-    path = {} if chosen is True else {"PATH": os.defpath}
-    return {
-        **path,
-        **{name: base[name] for name in base if name in names},
-        **account.variables,
-        **split_environ(files),
-        **program.environment,
-        "SUPERVISOR_ENABLED": "1",
-        "SUPERVISOR_PROCESS_NAME": program.name,
-        "SUPERVISOR_GROUP_NAME": program.group,
-        "PROCESS_NUM": str(program.number),
-        **extra,
-    }
-
-
-class FileLimit:
-    """The limit of open files: a high one for us, the original for the programs.
-
-    They inherit what is set while they are spawned, so it is lowered for that moment.
-    What lasts is moved above it: Popen needs a low number for its own pipe then.
-    """
-
-    def __init__(self) -> None:
-        import resource
-
-        kind = resource.RLIMIT_NOFILE
-        self.soft, hard = resource.getrlimit(kind)
-        self.most = max(self.soft, min(hard, MOST_FILES))
-        self.set: Callable[[int], None]
-        self.set = lambda soft: resource.setrlimit(kind, (soft, hard))
-        try:
-            self.set(self.most)
-        except (OSError, ValueError):  # macOS has a lower one of its own
-            self.most = self.soft
-
-    def out_of_the_way(self, fd: int) -> int:
-        """Return a duplicate of `fd` above the original limit, or `fd` itself."""
-        with contextlib.suppress(OSError, OverflowError):  # nothing is above it
-            high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, self.soft)
-            os.close(fd)
-            return high
-        return fd
-
-
-def spawn(
-    program: Program,
-    argv: tuple[str, ...],
-    environ: Environ,
-    account: Account,
-    files: Descriptors,
-    limit: FileLimit,
-) -> Child:
-    """Start a process in a session of its own; raises SpawnError. Main thread."""
-    command, report, switch = argv, tuple[int, ...](), account
-    if program.rlimits or program.nice is not None:
-        report, switch = os.pipe(), Account({})
-        orders = repr((report[1], trampoline_steps(program, argv, environ, account)))
-        command = (sys.executable, "-I", "-S", "-c", TRAMPOLINE, orders, *argv)
-    limit.set(limit.soft)
-    try:
-        popen = subprocess.Popen(
-            command,
-            stdin=files[0],
-            stdout=files[1],
-            stderr=files[2],
-            env=environ,
-            cwd=program.directory,
-            umask=-1 if program.umask is None else program.umask,
-            user=switch.user,
-            group=switch.group,
-            extra_groups=switch.groups,
-            start_new_session=True,
-            close_fds=bool(report),  # all are close-on-exec; one by one costs more
-            pass_fds=report[1:],
-        )
-    except (OSError, ValueError, OverflowError) as error:
-        for fd in report[:1]:
-            os.close(fd)
-        raise spawn_error(program, command[0], error) from None
-    finally:
-        limit.set(limit.most)
-        for fd in report[1:]:
-            os.close(fd)
-    popen.returncode = 0  # it is reaped elsewhere; keep its destructor from waiting
-    return Child(popen.pid, report[0] if report else None)
-
-
-def trampoline_steps(
-    program: Program, argv: tuple[str, ...], environ: Environ, account: Account
-) -> list[str]:
-    """Return the statements that the trampoline is to execute."""
+def trampoline(
+    program: Program, argv: LIST, environ: Variables, switch: Table, report: int
+) -> LIST:
+    """Return the command that sets limits, switches, and then becomes `argv`."""
     steps = []
     for name, number in program.rlimits.items():
         limit = "RLIM_INFINITY" if number < 0 else number
         steps.append(f"setrlimit(RLIMIT_{name.upper()}, ({limit}, {limit}))")
     if program.nice is not None:
         steps.append(f"setpriority(PRIO_PROCESS, 0, {program.nice})")
-    if account.groups is not None:
-        steps.append(f"setgroups({account.groups})")
-        steps += [f"setgid({account.group})", f"setuid({account.user})"]
+    if switch:
+        steps.append(f"setgroups({switch['extra_groups']})")
+        steps += [f"setgid({switch['group']})", f"setuid({switch['user']})"]
     steps += [f"signal({name}, SIG_DFL)" for name in ("SIGPIPE", "SIGXFSZ")]
     if "LC_CTYPE" not in environ:  # the interpreter may have added it (PEP 538)
         steps.append("environ.pop('LC_CTYPE', None)")
-    return [*steps, f"execvp({argv[0]!r}, argv)"]
+    steps.append(f"execvp({argv[0]!r}, argv)")
+    return (sys.executable, "-I", "-S", "-c", TRAMPOLINE, repr((report, steps)), *argv)
 
 
-def spawn_error(program: Program, command: str, error: Exception) -> SpawnError:
-    """Return what is wrong, told apart as exec, chdir and setuid fail alike."""
-    if not isinstance(error, OSError):  # an id, or a text, that exec cannot have
-        return SpawnError(str(error))
-    missing, place, why = error.errno == errno.ENOENT, program.directory, error.strerror
+def why_not(program: Program, argv: LIST, error: Exception) -> tuple[str, int]:
+    """Return why a process did not start, and 127 for a missing command, else 126.
+
+    Popen reports a failure of exec, chdir and setuid alike.
+    """
+    if not isinstance(error, OSError):  # our own, or a text that exec cannot have
+        return str(error), 126
+    missing, place, why = error.errno == errno.ENOENT, error.filename, error.strerror
     who = program.group_name if program.user is None else program.user
     if who is not None and error.errno in (errno.EPERM, errno.EINVAL):
-        return SpawnError(f"cannot switch to {who!r}: {why}")
-    if place and place == error.filename:
-        reason = "no such directory: {!r}" if missing else "cannot enter {!r}: {}"
-        return SpawnError(reason.format(place, why))
-    if missing:
-        return SpawnError(f"no such command: {command!r}", 127)
-    return SpawnError(f"cannot execute {command!r}: {why}")
+        return f"cannot switch to {who!r}: {why}", 126
+    if missing and place == program.directory:
+        return f"no such directory: {place!r}", 126
+    if missing and place == argv[0]:
+        return f"no such command: {place!r}", 127
+    return f"{place!r}: {why}" if place else str(why), 126
 
 
 def start_time(pid: int) -> str:
@@ -1898,33 +1668,26 @@ def find_leftovers(digest: str) -> dict[int, str]:
     while pid in table:
         others.discard(pid)
         pid = int(table[pid][1])
+    owner = re.compile(rf"\0{RUN_VARIABLE}={digest}\.(\d+)\.(\d+)\0")
     for pid in others:
-        with contextlib.suppress(OSError, ValueError):  # gone, or not for us to look at
-            with open(f"/proc/{pid}/environ", "rb") as file:
-                variables = split_environ(os.fsdecode(file.read()))
-            run = variables.get(RUN_VARIABLE, "").split(".")
-            if len(run) != 3 or run[0] != digest or start_time(int(run[1])) == run[2]:
-                continue
-            if os.path.samefile(f"/proc/{pid}/ns/pid", "/proc/self/ns/pid"):
-                found[pid] = variables.get("SUPERVISOR_PROCESS_NAME", "")
+        path = f"/proc/{pid}"  # which may be gone, or not for us to look at
+        with contextlib.suppress(OSError), open(f"{path}/environ", "rb") as file:
+            environ = "\0" + os.fsdecode(file.read())
+            run = owner.search(environ)
+            name = re.search(r"\0SUPERVISOR_PROCESS_NAME=([^\0]*)", environ)
+            here = os.path.samefile(f"{path}/ns/pid", "/proc/self/ns/pid")
+            if run and name and here and start_time(int(run[1])) != run[2]:
+                found[pid] = name[1]
     return found
 
 
 # === 7. Health ========================================================================
 #
 # A check never delays the loop: a command is a child like any other, http and tcp run
-# in a thread that ends by itself. Whoever is too slow is given up at `timeout`.
-#
-# A notify program speaks through a datagram socket (sd_notify(3)), one for all, in the
-# abstract namespace. The kernel says who sent a message (SCM_CREDENTIALS, unix(7)).
+# in a thread that ends by itself. A program has one check at a time; whichever is too
+# slow is given up at `timeout`. Our own health is told to who runs us, such as systemd.
 
 FIRST_INTERVAL = 1.0  # seconds between checks until one has passed
-SO_PASSCRED = 16  # unix(7)
-
-
-# http.client loads OpenSSL, half of its 8 MB, for HTTPS alone; a host may want that.
-if __name__ == "__main__":
-    sys.modules["ssl"] = None  # type: ignore[assignment]  # "import of ssl halted"
 
 
 def probe(check: Health) -> str:
@@ -1933,117 +1696,90 @@ def probe(check: Health) -> str:
 
     try:
         url = urllib.parse.urlsplit(check.http or f"tcp://{check.tcp}")
-        host = url.hostname or ""
         port = url.port or (443 if url.scheme == "https" else 80)
-        plain = socket.create_connection((host, port), check.timeout)
-        if check.tcp:
-            plain.close()
-            return ""
-        import http.client  # only where there is such a check
+        peer = socket.create_connection((url.hostname, port), check.timeout)
+        if url.scheme == "https":
+            if sys.modules.get("ssl", 0) is None:
+                del sys.modules["ssl"]
+            import ssl
 
-        connection = http.client.HTTPConnection(host, port, check.timeout)
-        connection.sock = plain
-        with contextlib.closing(connection):
-            if url.scheme == "https":
-                if sys.modules.get("ssl", 0) is None:
-                    del sys.modules["ssl"]
-                import ssl
-
-                context = ssl.create_default_context()
-                connection.sock = context.wrap_socket(plain, server_hostname=host)
+            context = ssl.create_default_context()
+            peer = context.wrap_socket(peer, server_hostname=url.hostname)
+        with peer:
+            if check.tcp:
+                return ""
             target = f"{url.path or '/'}?{url.query}".rstrip("?")
-            connection.request("GET", target, headers={"User-Agent": "supervisors"})
-            status = connection.getresponse().status
+            host = url.netloc.rpartition("@")[2]
+            head = f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n"
+            peer.sendall(f"{head}User-Agent: supervisors\r\n\r\n".encode())
+            answer = peer.makefile("rb").readline(LINE_LIMIT).decode("latin-1")
         # A redirect passes, and is not followed.
-        return "" if 200 <= status < 400 else f"HTTP status {status}"
+        passed = re.match(r"HTTP/1\.\d [23]\d\d\b", answer)
+        return "" if passed else f"answered {answer.rstrip()!r:.80}"
     except Exception as error:  # whatever a server may answer: it did not pass
         return str(getattr(error, "strerror", None) or error) or type(error).__name__
 
 
-class NotifySocket:
-    """The socket that notify programs speak to (Linux)."""
-
-    def __init__(self) -> None:
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.setblocking(False)
-        self.socket.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
-        self.socket.bind("")  # to an abstract name that is free (unix(7), autobind)
-        self.address = "@" + str(self.socket.getsockname().decode()).lstrip("\0")
-
-    def receive(self) -> tuple[int, list[str]] | None:
-        """Return the sender's pid and the lines of one message; None without one."""
-        try:
-            # No room for descriptors: the kernel closes one that comes with BARRIER=1.
-            data, ancillary, _, _ = self.socket.recvmsg(65536, socket.CMSG_SPACE(12))
-        except OSError:
-            return None
-        pid = int.from_bytes(ancillary[0][2][:4], sys.byteorder)
-        return pid, data.decode(errors="replace").split("\n")
-
-
 def tell_manager(message: str) -> None:
-    """Tell who runs us, where it listens (systemd's Type=notify)."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    with contextlib.suppress(OSError):
-        speaker = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        with speaker:
-            speaker.setblocking(False)
-            address = "\0" + path[1:] if path[:1] == "@" else path
-            speaker.sendto(message.encode(), address)
+    """Tell who runs us, where it listens (sd_notify(3))."""
+    address = re.sub("^@", "\0", os.environ.get("NOTIFY_SOCKET", ""))
+    kind = (socket.AF_UNIX, socket.SOCK_DGRAM)
+    with contextlib.suppress(OSError), socket.socket(*kind) as speaker:
+        speaker.setblocking(False)
+        speaker.sendto(message.encode(), address)
 
 
 # === 8. HTTP ==========================================================================
 #
-# A request is answered in a thread of its own by a function of a fixed table. It reads
-# published snapshots; what changes something is done by the main thread, on request.
-# Sockets are bound at start; http.server is imported with the first connection, since
-# it costs 15 ms and 8 MB. (ThreadingHTTPServer would bind and poll by itself.)
+# A connection is served in a thread of its own, a request by a function of a fixed
+# table. It reads published snapshots; what changes something is done by the main
+# thread, on request. What is read of a request are its line and its fields (RFC 9112),
+# strictly; http.server would cost 15 ms and 8 MB.
 
 REQUEST_TIME = 5.0  # seconds for a client to send a request, or to take an answer
-MOST_CONNECTIONS = 64
-MOST_STREAMS = 32  # of those; the others are for probes
-MOST_BYTES = 64 * 1024  # of a request's line, of its head, and of its body
+MOST_CONNECTIONS = (64, sys.maxsize)  # over TCP, and over the control socket
+MOST_STREAMS = (32, sys.maxsize)  # of those; the others are for probes
+MOST_LINE = 8 * 1024  # bytes of a request's line, with a NAME that becomes a pattern
+MOST_BYTES = 64 * 1024  # of a request's head, and of its body
 MOST_WAIT = 300.0  # seconds
-MOST_NAME = 4096  # characters of a NAME in a path, which becomes a pattern
 MOST_EVENTS = 1000  # that a client may be behind
-COMMENT_INTERVAL = 15.0  # seconds between signs of life on /events
 LOOK_INTERVAL = 1.0  # seconds between two looks whether a follower is still there
+COMMENT_LOOKS = 15  # looks without news, until /events gives a sign of life
 FILE_INTERVAL = 0.05  # seconds between two looks at a log file that is followed
-NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+# Method, target without the host that a proxy's has, minor version.
+REQUEST_LINE = re.compile(r"(\S+) (?:http://[^/\s]*)?(/[!-~]*) HTTP/1\.(\d)\r?\n")
+FIELD = re.compile(r"([^\s:]+):([^\r\0]*)\r?")
+ENDED = (State.BACKOFF, State.EXITED, State.FATAL, State.STOPPED)
 POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'"
+    "Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "frame-ancestors 'none'; base-uri 'none'"
 )
 PAGE = r"""<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>supervisors</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
 <style>
-:root{color-scheme:light dark}
-body{max-width:1400px; margin:auto; padding:0 16px; font:14px/20px system-ui;
-  background:light-dark(#fbfbfc, #111418); color:light-dark(#1c2128, #dde2e8)}
+:root{color-scheme:light dark} [hidden]{display:none} [inert]{opacity:.6}
+body{max-width:1400px; margin:auto; padding:0 16px; font:14px/20px system-ui}
+body{background:Canvas} h1, h2{font-size:14px} #health{font:20px/28px system-ui}
 header, form, tr{display:flex; flex-wrap:wrap; gap:8px 12px; align-items:center}
-header form{margin-left:auto} [hidden]{display:none} [inert]{opacity:.6}
-#health{margin:8px 0 16px; font-size:20px} h1, h2{font-size:14px}
 .good{color:light-dark(#17763d, #4cc07c)} .busy{color:light-dark(#8a5700, #dba53c)}
 .bad{color:light-dark(#c02429, #ff7b78)} .dot::before{content:"● "}
-label, .off, [data-label]::before{color:light-dark(#626c79, #929dab)}
-[data-label]::before{content:attr(data-label); display:block; font-size:12px}
+[data-label]::before{content:attr(data-label); display:block; opacity:.7}
 tr{padding:12px 0; border-top:1px solid #8884; font-variant-numeric:tabular-nums}
 table, tbody{display:block} th, td{padding:0; text-align:left; overflow-wrap:anywhere}
 td{flex:0 0 80px} .state{flex-basis:100px} th, .detail{flex:1 0 200px}
-.verbs{flex-basis:auto} body:not(.may) .verbs{display:none}
-button, input{padding:4px 9px; font:inherit; border:1px solid #8884; border-radius:6px}
-dialog{width:min(1000px, 95%)} dialog form{justify-content:space-between}
+.verbs{flex-basis:auto} body:not(.may) .verbs{display:none} button{padding:4px 9px}
+dialog{width:min(1000px, 95%)} dialog form, header{justify-content:space-between}
 pre{display:flex; flex-direction:column-reverse; height:65vh; overflow:auto;
   white-space:pre-wrap; overflow-wrap:anywhere}  /* reverse: it stays at the end */
 </style>
 <header><h1>supervisors</h1><span id="connection" role="status">Connecting</span>
-  <form id="unlock"><label for="token">Token</label>
-    <input id="token" type="password" autocomplete="off"><button>Unlock</button></form>
-</header><main><div id="error" class="bad" role="alert"></div>
-<div id="health" role="status"></div>
-<table aria-label="Programs"><tbody></tbody></table></main>
+  <form id="unlock"><input id="token" type="password" placeholder="Token"
+    aria-label="Token" autocomplete="off"><button>Unlock</button></form></header>
+<main><p id="error" class="bad" role="alert"></p><p id="health" role="status"></p>
+  <table aria-label="Programs"><tbody></tbody></table></main>
 <dialog id="log" aria-labelledby="name"><form method="dialog"><h2 id="name"></h2>
   <button id="log-close">Close</button></form><pre tabindex="0"></pre></dialog>
 <template><tr><th scope="row"><td><td data-label="PID"><td data-label="Uptime">
@@ -2062,8 +1798,7 @@ const clock = seconds => (seconds < 86400 ? '' : `${Math.floor(seconds / 86400)}
   + new Date(seconds * 1000).toISOString().slice(11, 19);
 const kind = s => /BACKOFF|FATAL/.test(s.state) || s.running && s.healthy === false
   || s.state === 'EXITED' && !s.ready && s.exit_code !== 0 ? 'bad'
-  : s.state === 'WAITING' || s.running && !s.ready ? 'busy'
-  : s.running ? 'good' : 'off';
+  : s.running && s.ready ? 'good' : s.running || s.state === 'WAITING' ? 'busy' : '';
 function paint({status: s, at, children: cells}) {
   const age = (performance.now() - at) / 1000, left = Math.ceil(s.restart_in - age);
   const uptime = s.running ? clock(s.uptime + age) : left > 0 ? `in ${left} s` : '–';
@@ -2072,25 +1807,25 @@ function paint({status: s, at, children: cells}) {
   [s.name, s.state, s.pid ?? '–', uptime, s.restarts, health, detail]
     .forEach((text, i) => put(cells[i], `${text}`));
   cells[1].className = `state dot ${kind(s)}`;
-  const idle = !s.running && !/BACKOFF|WAITING/.test(s.state);
-  const cannot = {start: s.running, stop: idle, restart: idle};
-  for (const button of cells[7].children) button.disabled = cannot[button.dataset.verb];
+  const [start, stop, restart] = cells[7].children;
+  start.disabled = s.running;
+  stop.disabled = restart.disabled = !s.running && !/BACKOFF|WAITING/.test(s.state);
 }
 function repaint() {
   rows.childNodes.forEach(paint);
-  const names = [...rows.querySelectorAll('.bad, .busy')]
+  const unwell = [...rows.querySelectorAll('.bad, .busy')]
     .map(cell => cell.parentNode.dataset.name).join(', ');
-  put($('#health'), names ? `Not well: ${names}` : 'All well');
+  put($('#health'), unwell ? `Not well: ${unwell}` : 'All well');
 }
 function show(status) {
   const row = find(status.name)
     ?? rows.appendChild($('template').content.firstChild.cloneNode(true));
   Object.assign(row, {status, at: performance.now()}).dataset.name = status.name;
 }
-function tell(live, text) {
+const tell = (live, text) => {
   $('main').inert = !live; put($('#connection'), text);
   $('#connection').className = live ? 'dot good' : 'dot bad';
-}
+};
 function connect() {
   const events = new EventSource('events'), now = () => new Date().toLocaleTimeString();
   const acts = {state: show, removed: ({name}) => find(name)?.remove(),
@@ -2111,14 +1846,13 @@ async function call(method, name, rest, signal) {
   put($('#error'), '');
   const answer = await fetch(`programs/${encodeURIComponent(name)}/${rest}`,
     {method, signal, headers: {Authorization: `Bearer ${sessionStorage.token}`}});
-  if (!answer.ok) throw Error((await answer.json()).error, {cause: answer.status});
+  if (!answer.ok) throw Error((await answer.json()).error);
   return answer;
 }
 async function unlock() {  // asks for what needs the token and changes nothing
   const answer = await call('GET', 'all', 'logs?lines=0').catch(error => error);
-  const allowed = answer.ok || answer.cause === 409;
-  $('#unlock').hidden = allowed; document.body.classList.toggle('may', allowed);
-  if (!allowed) fail('unlock', answer);
+  $('#unlock').hidden = document.body.classList.toggle('may', answer.ok === true);
+  if (!answer.ok) fail('unlock', answer);
 }
 async function openLog(name) {
   follower = new AbortController();
@@ -2149,7 +1883,6 @@ class Snapshot(NamedTuple):
     program: Program
     status: Status
     output: Output
-    log_format: str = "prefix"  # of the terminal
     started_at: float | None = None  # Unix time of the last start
     changed_at: float | None = None  # Unix time of the last change of state
 
@@ -2160,15 +1893,14 @@ class Snapshot(NamedTuple):
 
 def status_object(snapshot: Snapshot, now: float) -> dict[str, Any]:
     """Return a program's status as JSON has it; never its arguments or environment."""
-    program, status, output, _, started_at, changed_at = snapshot
+    import datetime  # with the first answer
+
+    program, status, output, started_at, changed_at = snapshot
     number, due = status.exit_signal, status.deadline
     words = [status.reason]  # after what supervisorctl's status has in its last column
     if status.state is State.RUNNING:
-        minutes, seconds = divmod(int(now - status.started), 60)
-        days, hours = divmod(minutes // 60, 24)
-        spent = f"{days} day{'s' * (days != 1)}, " * bool(days)
-        clock = f"{hours}:{minutes % 60:02}:{seconds:02}"
-        words[:0] = [f"pid {status.pid}, uptime {spent}{clock}", status.status_text]
+        uptime = datetime.timedelta(seconds=int(now - status.started))
+        words[:0] = [f"pid {status.pid}, uptime {uptime}", status.status_text]
     elif status.state in (State.STOPPED, State.EXITED):
         moment = time.strftime("%b %d %I:%M %p", time.localtime(changed_at))
         words.insert(0, moment if changed_at else "Not started")
@@ -2189,16 +1921,11 @@ def status_object(snapshot: Snapshot, now: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def is_settled(verb: str, snapshot: Snapshot) -> bool:
-    """Return whether it is known what came of an order."""
-    state = snapshot.status.state
-    if verb == "stop":
-        return not (snapshot.status.is_alive or state is State.WAITING)
-    ended = (State.BACKOFF, State.EXITED, State.FATAL, State.STOPPED)
-    return snapshot.ready or state in ended
+Order = Start | Stop | Restart | Signal  # what somebody may want of a program
 
 
 class Listener(NamedTuple):
+    supervisor: Supervisor
     socket: socket.socket
     address: Address
     is_control: bool  # everything is allowed there
@@ -2212,10 +1939,11 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    body: bytes | Iterator[bytes]  # a stream, in which b"" is a moment to look around
+    body: bytes
     status: int = 200
     kind: str = "text/plain; charset=utf-8"
     headers: tuple[str, ...] = ()
+    stream: Iterable[bytes] = ()  # follows; b"" in it is a moment to look around
 
 
 class HttpError(Exception):
@@ -2228,115 +1956,105 @@ def as_json(content: object, status: int = 200, *headers: str) -> Response:
     return Response(json.dumps(content).encode(), status, "application/json", headers)
 
 
+@functools.lru_cache(maxsize=1)
+def all_statuses(supervisor: Supervisor, *moment: int) -> Response:
+    """Answer for a moment: the text of 20 programs takes 0.3 ms, most of a request."""
+    return objects("", list(supervisor.snapshots.values()), 200)
+
+
 def get_status(supervisor: Supervisor, request: Request) -> Response:
-    """Answer all that there is, or what was named.
-
-    To make the text of 20 programs takes 0.3 ms, most of a request's time; unless
-    something happens it serves for 10 ms.
-    """
-    moment = (supervisor.events.end, int(time.monotonic() * 100))
     if request.name:
-        return objects(request, request.targets, 200)
-    if supervisor.all_statuses[0] != moment:
-        supervisor.all_statuses = (moment, objects(request, request.targets, 200))
-    return supervisor.all_statuses[1]
+        return objects(request.name, request.targets, 200)
+    moment = int(time.monotonic() * 100)  # it serves for 10 ms, or until news
+    return all_statuses(supervisor, supervisor.events.end, moment)
 
 
-def objects(request: Request, chosen: Iterable[Snapshot], status: int) -> Response:
-    """Answer status objects: an array, or one where one program was named."""
+def objects(name: str, chosen: Iterable[Snapshot], status: int) -> Response:
+    """Answer status objects: an array, or one where `name` is a program's."""
     now = time.monotonic()
     found = [status_object(one, now) for one in chosen]
-    single = [one for one in found if one["name"] == request.name]
-    return as_json(single[0] if single else found, status)
+    is_single = [one["name"] for one in found] == [name]
+    return as_json(found[0] if is_single else found, status)
 
 
-def select_programs(snapshots: list[Snapshot], name: str) -> list[Snapshot]:
-    """Return the programs that a NAME means; raises HttpError 404.
-
-    A program, a group, a glob, `all`, or such joined by commas.
-    """
+def select_programs(known: Mapping[str, Snapshot], name: str) -> list[Snapshot]:
+    """Return what a NAME means: a program, a group, a glob, `all`, several by comma."""
     import fnmatch  # only where there is a NAME
 
-    known = {one.program.name: one for one in snapshots}
-    found: dict[str, Snapshot] = {}
-    if len(name) > MOST_NAME:
-        raise HttpError(404, "no program has such a long name")
+    found: list[str] = []
     for word in name.split(","):
-        glob = "*" if word == "all" else word
         # Not fnmatchcase: it keeps 32768 compiled patterns for ever.
-        matching = re.compile(fnmatch.translate(glob)).match
-        matches = {
-            key: one
-            for key, one in known.items()
-            if one.program.group == word or matching(key)
-        }
-        if not matches:
+        matches = re.compile(fnmatch.translate("*" if word == "all" else word)).match
+        names = [key for key in known if matches(key) or matches(key.split(":")[0])]
+        if not names:
             raise HttpError(404, f"no program {word!r}{hint(word, known)}")
-        found |= matches
-    return list(found.values())
+        found += names
+    return [known[key] for key in dict.fromkeys(found)]
 
 
 def get_page(supervisor: Supervisor, request: Request) -> Response:
     if "text/html" not in request.headers.get("Accept", ""):
         return Response(b"Supervisor Running. Check /status")
-    headers = (f"Content-Security-Policy: {POLICY}", "X-Frame-Options: DENY")
-    return Response(PAGE.encode(), 200, "text/html; charset=utf-8", headers)
+    return Response(PAGE.encode(), 200, "text/html; charset=utf-8", (POLICY,))
 
 
 def get_health(supervisor: Supervisor, request: Request) -> Response:
     """Answer how all that is wanted is, or the programs that were named."""
-    worst, reasons = "ok", {}
+    reasons, found = {}, set()
     for program, status, *_ in request.targets:
-        found = verdict(program, status)
-        if request.name and not found:  # not wanted, but asked for
-            found = "ended" if status.state is State.EXITED else "failing"
-        if found in ("starting", "failing", "ended"):
+        health = verdict(program, status).replace("failed", "failing")
+        if request.name and not health:  # not wanted, but asked for
+            health = "ended" if status.state is State.EXITED else "failing"
+        if health not in ("", "ok"):
             words = (status.state.value, status.reason)
             reasons[program.name] = ", ".join(filter(None, words))
-        if found in ("starting", "failing") and worst != "failing":
-            worst = found
-    status_code = 200 if worst == "ok" else 503
-    return as_json({"status": worst, "programs": reasons}, status_code)
+            found.add(health)
+    worst = min(found - {"ended"}, default="ok")  # "failing" comes before "starting"
+    code = 200 if worst == "ok" else 503
+    return as_json({"status": worst, "programs": reasons}, code)
 
 
-METRICS: tuple[tuple[str, str, Callable[[Snapshot, float], float | None]], ...] = (
-    ("up", "1 while alive", lambda one, now: one.status.is_alive),
-    ("ready", "1 while ready", lambda one, now: one.ready),
-    ("uptime_seconds", "seconds since its start",
-     lambda one, now: one.status.is_alive and now - one.status.started),
-    ("restarts_total", "automatic restarts", lambda one, now: one.status.restarts),
-    ("exit_code", "last exit code, 128+N for a signal",
-     lambda one, now: last_code(one.status)),
-    ("log_dropped_bytes_total", "output that could not be written",
-     lambda one, now: one.output.dropped),
-)  # fmt: skip
+METRICS = {  # by name, with their help
+    "info": "version",
+    "start_time_seconds": "start, Unix time",
+    "program_up": "1 while alive",
+    "program_ready": "1 while ready",
+    "program_uptime_seconds": "seconds since its start",
+    "program_restarts_total": "automatic restarts",
+    "program_exit_code": "last exit code, 128+N for a signal",
+    "program_log_dropped_bytes_total": "output that could not be written",
+    "program_state": "1 for the present state",
+}
 
 
 def get_metrics(supervisor: Supervisor, request: Request) -> Response:
     """Answer in Prometheus' text format 0.0.4."""
-    lines: list[str] = []
-
-    def family(name: str, text: str, samples: Mapping[str, float | None]) -> None:
-        kind = "counter" if name.endswith("_total") else "gauge"
-        lines.append(f"# HELP supervisors_{name} {text}")
-        lines.append(f"# TYPE supervisors_{name} {kind}")
-        found = [(key, one) for key, one in samples.items() if one is not None]
-        lines.extend(f"supervisors_{name}{key} {one:.15g}" for key, one in found)
-
-    family("info", "version", {f'{{version="{__version__}"}}': 1})
-    family("start_time_seconds", "start, Unix time", {"": supervisor.started_at})
-    now, labelled = time.monotonic(), {}
+    samples: dict[str, list[str]] = {name: [] for name in METRICS}
+    samples["info"].append(f'{{version="{__version__}"}} 1')
+    samples["start_time_seconds"].append(f" {supervisor.started_at:.15g}")
     for one in request.targets:
-        labelled[f'{{name="{one.program.name}",group="{one.program.group}"'] = one
-    for name, text, value in METRICS:
-        numbers = {key + "}": value(one, now) for key, one in labelled.items()}
-        family(f"program_{name}", text, numbers)
-    states: dict[str, float | None] = {
-        f'{key},state="{state.value}"}}': one.status.state is state
-        for key, one in labelled.items()
-        for state in State
-    }
-    family("program_state", "1 for the present state", states)
+        found = status_object(one, time.monotonic())
+        labels = f'name="{found["name"]}",group="{found["group"]}"'
+        numbers = {
+            "up": found["running"],
+            "ready": found["ready"],
+            "uptime_seconds": found["uptime"] or 0,
+            "restarts_total": found["restarts"],
+            "exit_code": last_code(one.status),
+            "log_dropped_bytes_total": found["log_dropped_bytes"],
+        }
+        for name, number in numbers.items():
+            if number is not None:
+                samples[f"program_{name}"].append(f"{{{labels}}} {number:.15g}")
+        for state in State:
+            value = f'{{{labels},state="{state.value}"}} {one.status.state is state:d}'
+            samples["program_state"].append(value)
+    lines = []
+    for name, text in METRICS.items():
+        kind = "counter" if name.endswith("_total") else "gauge"
+        lines += [f"# HELP supervisors_{name} {text}"]
+        lines += [f"# TYPE supervisors_{name} {kind}"]
+        lines += [f"supervisors_{name}{sample}" for sample in samples[name]]
     body = "\n".join([*lines, ""]).encode()
     return Response(body, kind="text/plain; version=0.0.4; charset=utf-8")
 
@@ -2348,23 +2066,18 @@ def stream_events(supervisor: Supervisor) -> Iterator[bytes]:
     def event(kind: str, content: object) -> bytes:
         return f"event: {kind}\ndata: {json.dumps(content)}\n\n".encode()
 
-    feed = supervisor.events
-    with feed.followed():
-        at, known = feed.end, list(supervisor.snapshots.values())
-        spoke = now = time.monotonic()
-        yield event("snapshot", [status_object(one, now) for one in known])
-        while at < feed.end or not feed.closed:
-            items, at = feed.read(at, LOOK_INTERVAL)
-            now = time.monotonic()
-            for one in items:
-                if isinstance(one, str):
-                    yield event("removed", {"name": one})
-                else:
-                    yield event("state", status_object(one, now))
-            if now >= spoke + COMMENT_INTERVAL:
-                spoke = now
-                yield b": still here\n\n"
-            yield b""
+    feed, quiet = supervisor.events, 0
+    at, known = feed.end, list(supervisor.snapshots.values())
+    yield event("snapshot", [status_object(one, time.monotonic()) for one in known])
+    while at < feed.end or not feed.closed:
+        items, at = feed.read(at, LOOK_INTERVAL)
+        for one in items:
+            if isinstance(one, str):
+                yield event("removed", {"name": one})
+            else:
+                yield event("state", status_object(one, time.monotonic()))
+        quiet = 0 if items else quiet + 1
+        yield b"" if items or quiet % COMMENT_LOOKS else b": still here\n\n"
 
 
 def number_of(request: Request, key: str, default: float, most: float) -> float:
@@ -2383,43 +2096,40 @@ def get_logs(supervisor: Supervisor, request: Request) -> Response:
         return Response(b"")  # how a page asks whether its token is right
     if len(request.targets) != 1:
         raise HttpError(400, "expected one program, not several")
-    program, _, output, log_format, _, _ = request.targets[0]
+    program, _, output, *_ = request.targets[0]
     name, stream = program.name, request.query.get("stream", "")
     if stream not in ("", "stdout", "stderr"):
         raise HttpError(400, f"stream: expected stdout or stderr, got {stream!r}")
-    out, err = (route(program, one, log_format) for one in ("stdout", "stderr"))
+    terminal = supervisor.config.log_format
+    out, err = (route(program, one, terminal) for one in ("stdout", "stderr"))
     target, _, direct = err if stream == "stderr" else out
-    over = functools.partial(supervisor.is_gone, name) if follow else None
     if isinstance(target, str) and target != NOWHERE:
         if stream and out.target == err.target:
             raise HttpError(400, f"both streams of {name} share one file")
         backups = [f"{target}.{n + 1}" for n in range(program.logfile_backups)]
-        return Response(file_log([target, *backups], lines, over))
+        until = output if follow else None
+        return Response(b"", stream=file_log([target, *backups], lines, until))
     if direct:
         raise HttpError(409, f"{name} has a descriptor of its own, not seen here")
-    return Response(memory_log(output, stream, lines, over))
+    log = memory_log(output, stream, lines)
+    return Response(next(log), stream=log if follow else ())
 
 
-Over = Callable[[], bool] | None  # whether a follower is to end; None follows not
+def memory_log(output: Output, stream: str, lines: int) -> Iterator[bytes]:
+    """Yield the last lines of what is remembered, then what comes."""
 
-
-def memory_log(output: Output, stream: str, lines: int, over: Over) -> Iterator[bytes]:
     def text(items: list[tuple[str, bytes]]) -> bytes:
         return b"".join(data for name, data in items if stream in ("", name))
 
-    feed = output.recent
-    with feed.followed():
-        items, at = feed.newest()
+    with output.followed():
+        items, at = output.read(None, 0)
         yield b"".join(deque(text(items).splitlines(keepends=True), lines))
-        while over:
-            ended = over()
-            items, at = feed.read(at, 0 if ended else LOOK_INTERVAL)
+        while at < output.end or not output.closed:
+            items, at = output.read(at, LOOK_INTERVAL)
             yield text(items)
-            if ended:
-                return
 
 
-def file_log(paths: list[str], lines: int, over: Over) -> Iterator[bytes]:
+def file_log(paths: list[str], lines: int, until: Feed[Any] | None) -> Iterator[bytes]:
     """Yield the last lines of a log and its backups, the newest path first; follow it.
 
     What has been rotated meanwhile is found again by its inode, and read to its end.
@@ -2432,7 +2142,7 @@ def file_log(paths: list[str], lines: int, over: Over) -> Iterator[bytes]:
             if lines <= 0:
                 break
         while True:
-            ended, newer = over is None or over(), newer_file(file, paths)
+            ended, newer = not until or until.closed, newer_file(file, paths)
             if file and os.fstat(file.fileno()).st_size < file.tell():
                 file.seek(0)  # it was truncated: no backups, or copytruncate
             while file and (chunk := file.read(PIPE)):
@@ -2461,51 +2171,37 @@ def newer_file(file: io.FileIO | None, paths: list[str]) -> io.FileIO | None:
 
 def seek_tail(file: io.FileIO, lines: int) -> int:
     """Go to where the last `lines` lines of a file begin; return how many those are."""
-    end = size = file.seek(0, os.SEEK_END)
-    found = 0
-    while end > 0 and lines > 0:
-        start = max(end - PIPE, 0)
-        chunk = os.pread(file.fileno(), end - start, start)
-        at = len(chunk) - (end == size)  # the end of the last line begins no other
-        while (at := chunk.rfind(b"\n", 0, at)) >= 0:
-            found += 1
-            if found == lines:
-                file.seek(start + at + 1)
-                return found
-        end = start
-    file.seek(end)
-    return found + (size > 0)
+    size = file.seek(0, os.SEEK_END)
+    # The end of the last line begins no other.
+    starts = line_starts(file.fileno(), size - 1) if size else ()
+    ((found, start),) = deque(zip(range(1, lines + 1), starts), 1) or [(0, size)]
+    file.seek(start)
+    return found
 
 
-def post_verb(verb: str, supervisor: Supervisor, request: Request) -> Response:
-    """Start, stop or restart; answer at the outcome of all, or after `wait` seconds."""
+def post_order(order: Order, supervisor: Supervisor, request: Request) -> Response:
+    """Do it; answer when the outcome of all is known, or after `wait` seconds."""
     wait = number_of(request, "wait", 0, MOST_WAIT)
-    names = [one.program.name for one in request.targets]
-    feed, end = supervisor.events, time.monotonic() + wait
-    with feed.followed():
-        at, found = supervisor.ask(lambda: supervisor.order(verb, names))
-        open_ones = {name for name, one in found.items() if not is_settled(verb, one)}
-        while open_ones and not feed.closed and (left := end - time.monotonic()) > 0:
-            try:
-                items, at = feed.read(at, left)
-            except Lagged:
-                at, items = feed.end, list(supervisor.snapshots.values())
-            for item in items:
-                if isinstance(item, Snapshot) and item.program.name in open_ones:
-                    found[item.program.name] = item
-                    if is_settled(verb, item):
-                        open_ones.discard(item.program.name)
-    return objects(request, found.values(), 202 if open_ones or not wait else 200)
+    chosen = supervisor.ask(lambda: supervisor.order(order, request.targets))
+    events, starts = supervisor.events, not isinstance(order, Stop)
+
+    def is_known() -> bool:
+        found = (one.snapshot for one in chosen)
+        return all(one.status.state in ENDED or (starts and one.ready) for one in found)
+
+    with events.changed:
+        events.changed.wait_for(lambda: events.closed or is_known(), wait)
+    code = 200 if wait and is_known() else 202
+    return objects(request.name, [one.snapshot for one in chosen], code)
 
 
 def post_signal(supervisor: Supervisor, request: Request) -> Response:
+    name = request.query.get("signal", "")
     try:
-        number = signal_number(request.query.get("signal", ""))
+        signal_number(name)
     except ValueError as error:
         raise HttpError(400, f"signal: {error}") from None
-    names = [one.program.name for one in request.targets]
-    found = supervisor.ask(lambda: supervisor.signal(number, names))
-    return objects(request, found, 200)
+    return post_order(Signal(name), supervisor, request)
 
 
 def post_shutdown(supervisor: Supervisor, request: Request) -> Response:
@@ -2514,226 +2210,185 @@ def post_shutdown(supervisor: Supervisor, request: Request) -> Response:
 
 
 Answer = Callable[["Supervisor", Request], Response]
-# Method and answer by path, where `*` stands for NAME.
-ENDPOINTS: dict[str, tuple[str, Answer]] = {
-    "/": ("GET", get_page),
-    "/health": ("GET", get_health),
-    "/health/*": ("GET", get_health),
-    "/health/live": ("GET",
-        lambda supervisor, _: as_json(supervisor.ask(lambda: {"status": "ok"}))),
-    "/status": ("GET", get_status),
-    "/status/*": ("GET", get_status),
-    "/metrics": ("GET", get_metrics),
-    "/events": ("GET", lambda supervisor, _:
-        Response(stream_events(supervisor), kind="text/event-stream")),
-    "/programs/*/logs": ("GET", get_logs),
-    "/programs/*/start": ("POST", functools.partial(post_verb, "start")),
-    "/programs/*/stop": ("POST", functools.partial(post_verb, "stop")),
-    "/programs/*/restart": ("POST", functools.partial(post_verb, "restart")),
-    "/programs/*/signal": ("POST", post_signal),
-    "/reload": ("POST", lambda supervisor, _:
-        as_json(supervisor.ask(supervisor.reload))),
-    "/shutdown": ("POST", post_shutdown),
-}  # fmt: skip
+# By path, where `*` stands for NAME.
+READS: dict[str, Answer] = {
+    "/": get_page,
+    "/health": get_health,
+    "/health/*": get_health,
+    "/health/live": lambda owner, _: as_json(owner.ask(lambda: {"status": "ok"})),
+    "/status": get_status,
+    "/status/*": get_status,
+    "/metrics": get_metrics,
+    "/events": lambda owner, _: Response(
+        b"", kind="text/event-stream", stream=stream_events(owner)
+    ),
+    "/programs/*/logs": get_logs,
+}
+ORDERS: dict[str, Answer] = {
+    "/programs/*/start": functools.partial(post_order, Start()),
+    "/programs/*/stop": functools.partial(post_order, Stop()),
+    "/programs/*/restart": functools.partial(post_order, Restart()),
+    "/programs/*/signal": post_signal,
+    "/reload": lambda owner, _: as_json(owner.ask(owner.reload)),
+    "/shutdown": post_shutdown,
+}
 
 
-def encode(response: Response, lasts: bool, method: str = "GET") -> bytes:
-    """Return the head of an answer, and its body unless that is a stream."""
-    from http import HTTPStatus
-
-    lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}"]
-    lines += [f"Content-Type: {response.kind}", "Cache-Control: no-store"]
-    lines += [*response.headers, f"Connection: {'keep-alive' if lasts else 'close'}"]
-    body = b""
-    if isinstance(response.body, bytes):
-        body = response.body
-        lines.append(f"Content-Length: {len(body)}")
-    return "\r\n".join([*lines, "", ""]).encode() + body * (method != "HEAD")
-
-
-class DeadlineReader(io.RawIOBase):
-    """A socket's input: what belongs to one request has to come in REQUEST_TIME."""
-
-    def __init__(self, source: socket.socket) -> None:
-        self.source = source
-        self.expect()
-
-    def expect(self) -> None:
-        """Begin to count for another request."""
-        self.deadline, self.count = time.monotonic() + REQUEST_TIME, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        if self.count > MOST_BYTES:
-            raise HttpError(431, "the request is too long")
-        self.source.settimeout(left)
-        count = self.source.recv_into(buffer)
-        self.count += count
-        return count
-
-
-class Place(NamedTuple):  # what a conversation is about
-    supervisor: Supervisor
-    listener: Listener
-
-
-if TYPE_CHECKING:
-    RequestHandler = http.server.BaseHTTPRequestHandler
-else:
-    RequestHandler = object  # until the first connection, see `handler_class`
-
-
-class Conversation(RequestHandler):
+class Conversation:
     """One connection, in a thread of its own."""
 
-    protocol_version = "HTTP/1.1"
-    server: Place  # type: ignore[assignment]  # the base only hands it on
+    def __init__(self, listener: Listener, connection: socket.socket) -> None:
+        self.supervisor, self.listener = listener.supervisor, listener
+        self.connection, self.poll = connection, select.poll()
+        self.poll.register(connection, select.POLLIN)
+        self.input = b""  # what has come and is not used yet
+        self.line, self.lasts = "", True
 
-    def setup(self) -> None:
-        super().setup()
-        if self.connection.family != socket.AF_UNIX:
-            self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.raw = DeadlineReader(self.connection)
-        self.rfile = io.BufferedReader(self.raw)
+    def run(self) -> None:
+        """Answer requests until one side has enough; close when the client has.
 
-    def handle_one_request(self) -> None:
+        Unread input would make the kernel send a reset, which can overtake the answer.
+        """
+        try:
+            with contextlib.suppress(OSError, EOFError), self.connection:
+                self.connection.settimeout(REQUEST_TIME)
+                while self.lasts:
+                    self.answer_one()
+                self.connection.shutdown(socket.SHUT_WR)
+                self.connection.settimeout(0.2)
+                all(self.connection.recv(PIPE) for _ in range(64))  # until b""
+        finally:
+            self.supervisor.connections[self.listener.is_control].release()
+
+    def turn_away(self) -> None:
+        """Answer one connection too many, without waiting for its request."""
+        response = as_json({"error": "too many connections"}, 503, "Retry-After: 1")
+        with contextlib.suppress(OSError), self.connection:
+            self.connection.setblocking(False)
+            self.send(response)
+            self.connection.recv(PIPE)  # unread, it would turn the close into a reset
+
+    def answer_one(self) -> None:
         """Answer a request, or say why not."""
-        self.close_connection, self.command = True, ""
+        self.line, self.lasts = "", False
         with contextlib.ExitStack() as stack:
-            stack.callback(self.server.supervisor.answering.discard, self)
+            stack.callback(self.supervisor.answering.discard, self)
             try:
-                response = self.read_request()
-                if response is None:
-                    return
-                if not isinstance(response.body, bytes):
-                    self.close_connection = True
-                    slot = self.server.supervisor.stream_slot(self.server.listener)
-                    stack.enter_context(slot)
+                response = self.respond(*self.read_request())
+                if response.stream:
+                    self.lasts = False  # its end is that of the connection
+                    slots = self.supervisor.streams[self.listener.is_control]
+                    if not slots.acquire(blocking=False):
+                        raise HttpError(503, "too many streams")
+                    stack.callback(slots.release)
             except HttpError as error:
-                response = self.refuse(*error.args)
+                status, text, *headers = error.args
+                response = as_json({"error": text}, status, *headers)
             except SupervisorError as error:  # of ConfigError alone there is a list
                 more = {"errors": error.errors} if error.errors else {}
-                status = 422 if error.errors else 409
-                response = as_json({"error": str(error), **more}, status)
-            except TimeoutError:
-                if not self.raw.count:
-                    return  # a client that says nothing gets no answer
-                late = f"no whole request within {REQUEST_TIME:g} s"
-                response = self.refuse(408, late)
+                response = as_json({"error": str(error), **more}, 422 if more else 409)
+            except (OSError, EOFError):
+                raise
+            except Exception as error:
+                text = f"cannot answer {self.line!r}: {error!r}"
+                self.supervisor.say("", text, "error")
+                response = as_json({"error": "internal error"}, 500)
             self.send(response)
 
-    def refuse(self, status: int, text: str, *headers: str) -> Response:
-        self.close_connection = True
-        return as_json({"error": text}, status, *headers)
+    def receive(self, end: bytes, most: int, status: int, deadline: float) -> str:
+        """Return the input up to a blank line or line end, when that has come."""
+        while not (found := re.search(end, self.input[:most])):
+            if len(self.input) >= most:
+                raise HttpError(status, "the request is too long")
+            left = max(deadline - time.monotonic(), 0)
+            data = self.connection.recv(PIPE) if self.poll.poll(left * 1000) else b""
+            if not data and not self.input:
+                raise EOFError  # a client that says nothing gets no answer
+            if not data:
+                raise HttpError(408, f"no whole request within {REQUEST_TIME:g} s")
+            self.input += data
+        return self.input[: found.end()].decode("latin-1")
 
-    def read_request(self) -> Response | None:
-        """Read a request and return the answer; None when the client is done."""
-        self.raw.expect()
-        line = self.raw_requestline = self.rfile.readline(MOST_BYTES)
-        if len(line) == MOST_BYTES:
-            raise HttpError(414, "the request line is too long")
-        words = line.decode("latin-1").split()
+    def read_request(self) -> tuple[str, str, dict[str, str]]:
+        """Return the method, the target and the fields of a request.
+
+        None has a use for a body: that stays unread, and ends the connection.
+        """
+        deadline = time.monotonic() + REQUEST_TIME
+        self.line = self.receive(rb"\n", MOST_LINE, 414, deadline)
+        line = REQUEST_LINE.fullmatch(self.line)
         if not line:
-            return None
-        if len(words) != 3 or not re.fullmatch(r"HTTP/1\.\d", words[2]):
             raise HttpError(400, "malformed request: expected HTTP/1.0 or HTTP/1.1")
-        self.parse_request()
-        length = self.headers.get("Content-Length", "0")
-        lengths = self.headers.get_all("Content-Length", [])
-        if self.headers.defects or len(lengths) > 1:  # a proxy may read it otherwise
-            raise HttpError(400, "malformed headers")
-        if not length.isdecimal() or "Transfer-Encoding" in self.headers:
+        head = self.receive(rb"\n\r?\n", MOST_BYTES, 431, deadline)
+        self.input = self.input[len(head) :]
+        fields: dict[str, str] = {}
+        for text in head.split("\n")[1:-2]:
+            field = FIELD.fullmatch(text)
+            if not field:
+                raise HttpError(400, "malformed headers")
+            key, value = field[1].title(), field[2].strip(" \t")
+            # What comes twice is a list (RFC 9110, 5.3), which a length cannot be.
+            fields[key] = f"{fields[key]}, {value}" if key in fields else value
+        length = fields.get("Content-Length", "0")
+        if not length.isdecimal():
             raise HttpError(400, "expected a Content-Length")
         if len(length) > 9 or int(length) > MOST_BYTES:
             raise HttpError(413, f"expected a body of at most {MOST_BYTES} bytes")
-        self.raw.count = 0
-        self.rfile.read(int(length))  # none of the requests has a use for it
-        headers = {key.title(): value for key, value in self.headers.items()}
-        if absolute := re.match("http://([^/?]*)", words[1]):
-            headers["Host"] = absolute[1]
-        self.server.supervisor.answering.add(self)
-        try:
-            return self.respond(self.command, words[1], headers)
-        except (HttpError, SupervisorError, OSError):
-            raise
-        except Exception as error:
-            self.server.supervisor.say(
-                "", f"cannot answer {words[1]}: {error!r}", "error"
-            )
-            raise HttpError(500, "internal error") from error
-
-    def send_error(
-        self, code: int, message: str | None = None, explain: str | None = None
-    ) -> None:
-        """Refuse what the library finds malformed."""
-        raise HttpError(code, str(message).lower())
+        ends = int(length) > 0 or "Transfer-Encoding" in fields
+        kept = fields.get("Connection", "close" if line[3] == "0" else "keep-alive")
+        self.lasts = not ends and kept.lower() == "keep-alive"
+        return line[1], line[2], fields
 
     def send(self, response: Response) -> None:
-        self.connection.settimeout(REQUEST_TIME)
+        from http import HTTPStatus
+
+        status = HTTPStatus(response.status)
+        lines = [f"HTTP/1.1 {status:d} {status.phrase}", "Cache-Control: no-store"]
+        lines += [f"Content-Type: {response.kind}", *response.headers]
+        lines += [f"Connection: {'keep-alive' if self.lasts else 'close'}"]
+        if not response.stream:
+            lines += [f"Content-Length: {len(response.body)}"]
+        head, is_head = "\r\n".join([*lines, "", ""]).encode(), self.line[:5] == "HEAD "
         # In one piece: two would take 44 ms (Nagle's algorithm, delayed ACK).
-        lasts, body = not self.close_connection, response.body
-        self.connection.sendall(encode(response, lasts, self.command))
-        poll = select.poll()
-        poll.register(self.connection, select.POLLIN)
-        with contextlib.suppress(Lagged):
-            for chunk in () if self.command == "HEAD" or type(body) is bytes else body:
-                if chunk:
-                    self.connection.sendall(chunk)
-                elif poll.poll(0) and not self.connection.recv(4096):
-                    break  # the client is gone
-
-    def finish(self) -> None:
-        """Close, when the client has: unread input would make the kernel send a reset.
-
-        That can overtake the answer.
-        """
-        self.connection.shutdown(socket.SHUT_WR)
-        self.connection.settimeout(0.2)
-        for _ in range(64):
-            if not self.connection.recv(65536):
-                break
+        self.connection.sendall(head if is_head else head + response.body)
+        for chunk in () if is_head else response.stream:
+            if chunk:
+                self.connection.sendall(chunk)
+            elif self.poll.poll(0) and not self.connection.recv(PIPE):
+                return  # the client is gone
 
     def respond(self, method: str, target: str, headers: dict[str, str]) -> Response:
         """Answer a request. Refusals come in this order: 400, 404, 405, 403, 401."""
         import urllib.parse  # with the first request
 
-        path, _, query = re.sub("^http://[^/]*", "", target).partition("?")
+        self.supervisor.answering.add(self)
+        path, _, query = target.partition("?")
         words, name = path.split("/"), ""
-        if words[0] or not target.isascii() or "%00" in path:
-            raise HttpError(400, "malformed path")
-        if len(words) > 2 and path != "/health/live":
+        if path not in READS and any(words[2:3]):
             name, words[2] = urllib.parse.unquote(words[2]), "*"
-        wanted, answer = ENDPOINTS.get("/".join(words), ("", get_page))
-        if not wanted or (not name and "*" in words):
+        path = "/".join(words)
+        answer = READS.get(path) or ORDERS.get(path)
+        if not answer:
             raise HttpError(404, "no such path")
-        allowed = "GET, HEAD" if wanted == "GET" else "POST"
+        allowed = "GET, HEAD" if path in READS else "POST"
         if method not in allowed.split(", "):
             raise HttpError(405, f"{method} is not allowed", f"Allow: {allowed}")
-        targets = list(self.server.supervisor.snapshots.values())
-        targets = select_programs(targets, name) if name else targets
-        if not self.server.listener.is_control:
-            self.check_rights(method, headers, wanted == "POST" or answer is get_logs)
+        known = dict(self.supervisor.snapshots)
+        targets = select_programs(known, name) if name else list(known.values())
+        if not self.listener.is_control:
+            self.check_rights(method, headers, path in ORDERS or answer is get_logs)
         pairs = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-        return answer(self.server.supervisor, Request(name, targets, pairs, headers))
+        return answer(self.supervisor, Request(name, targets, pairs, headers))
 
     def check_rights(self, method: str, headers: dict[str, str], guarded: bool) -> None:
-        """Refuse what another site has a browser send, or what is without the token.
-
-        A name that an attacker's DNS points at loopback is caught by the Host, another
-        site's script by the Origin. Without Host it is no browser's request.
-        """
+        """Refuse what another site has a browser send, or what is without the token."""
+        # The Host shows a name that an attacker's DNS points at loopback, the Origin
+        # another site's script. Without Host it is no browser's request.
         host, port = headers.get("Host", "").lower(), r":\d*$"
-        allowed = {one.lower() for one in self.server.supervisor.config.allowed_hosts}
+        allowed = {one.lower() for one in self.supervisor.config.allowed_hosts}
         name, origin = re.sub(port, "", host), headers.get("Origin", "").lower()
         known = re.fullmatch(r"(.*\.)?localhost|127(\.\d{1,3}){3}|\[::1\]|", name)
-        if self.server.listener.address.is_loopback and not (
-            known or {host, name} & allowed
-        ):
+        if self.listener.address.is_loopback and not (known or {host, name} & allowed):
             raise HttpError(403, f"Host {host!r} is not one of ours, see allowed_hosts")
         place = origin.partition("://")[2]
         ours = place and (place == host or {place, re.sub(port, "", place)} & allowed)
@@ -2741,7 +2396,7 @@ class Conversation(RequestHandler):
             raise HttpError(403, f"Origin {origin!r} is foreign")
         if not guarded:
             return
-        if not self.server.supervisor.token:
+        if not self.supervisor.token:
             raise HttpError(403, "no token is configured: read-only, see `token`")
         import base64
         import hmac
@@ -2751,25 +2406,8 @@ class Conversation(RequestHandler):
         if scheme.lower() == "basic":
             with contextlib.suppress(ValueError):
                 offered = base64.b64decode(given, validate=True).partition(b":")[2]
-        if not hmac.compare_digest(offered, self.server.supervisor.token.encode()):
+        if not hmac.compare_digest(offered, self.supervisor.token.encode()):
             raise HttpError(401, "wrong or missing token", "WWW-Authenticate: Bearer")
-
-
-@functools.cache
-def handler_class() -> type[Conversation]:
-    import http.server  # 15 ms and 8 MB, with the first connection
-
-    return type("Handler", (Conversation, http.server.BaseHTTPRequestHandler), {})
-
-
-def turn_away(connection: socket.socket) -> None:
-    """Answer 503 to one connection too many, without waiting for its request."""
-    response = as_json({"error": "too many connections"}, 503, "Retry-After: 1")
-    with contextlib.suppress(OSError), connection:
-        connection.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            connection.recv(65536)  # unread input would turn the close into a reset
-        connection.send(encode(response, lasts=False))
 
 
 def bind(address: Address, private: bool = False) -> socket.socket:
@@ -2778,6 +2416,8 @@ def bind(address: Address, private: bool = False) -> socket.socket:
     A private one has mode 0600 from its first moment: the umask sees to that, no chmod.
     """
     path, host, port = address
+    if host == "::" and not socket.has_dualstack_ipv6():
+        host = "0.0.0.0"
     if path and os.path.lexists(path):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise FileExistsError(errno.EEXIST, "it exists and is no socket", path)
@@ -2786,18 +2426,20 @@ def bind(address: Address, private: bool = False) -> socket.socket:
                 text = "a supervisor answers there already"
                 raise OSError(errno.EADDRINUSE, text, path)
         os.unlink(path)  # its supervisor was killed
+    if host == "::" and not socket.has_dualstack_ipv6():
+        host = "0.0.0.0"
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(socket.AF_UNIX if path else family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if host:  # inherited by its connections
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if host == "::":
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-    before = os.umask(0o177)
-    try:
-        os.umask(0o177 if private else before)
+    with contextlib.ExitStack() as stack:
+        if private:
+            stack.callback(os.umask, os.umask(0o177))
         listener.bind(path or (host, port))
-        listener.listen(128)
-    finally:
-        os.umask(before)
+    listener.listen(128)
     listener.setblocking(False)
     return listener
 
@@ -2817,8 +2459,7 @@ def control_path(control: str, path: str) -> str:
         with contextlib.suppress(FileExistsError):
             os.mkdir(folder, 0o700)
         status = os.lstat(folder)
-        ours = stat.S_ISDIR(status.st_mode) and status.st_uid == user
-        if not ours or status.st_mode & 0o077:
+        if (status.st_uid, status.st_mode) != (user, stat.S_IFDIR | 0o700):
             raise PermissionError(errno.EPERM, "it is not ours alone", folder)
     return os.path.join(folder, f"supervisors-{path_hash(path)[:8]}.sock")
 
@@ -2840,25 +2481,12 @@ STREAMS = ("stdout", "stderr")
 FOREVER = float("inf")
 
 
-def read_end(child: Child, wait_status: int) -> tuple[str, Exited]:
-    """Return why a child did not come to exec, "" if it did; and how it ended."""
-    report = b""
-    if child.report is not None:
-        os.set_blocking(child.report, False)
-        with contextlib.suppress(BlockingIOError):
-            report = os.read(child.report, 4096)
-        os.close(child.report)
-    code = os.waitstatus_to_exitcode(wait_status)
-    end = Exited(code, None, False) if code >= 0 else Exited(None, -code, False)
-    return report.decode(errors="replace"), end
-
-
 def children_before() -> set[int]:
     """Return what a host process had started before: not ours to end. None as PID 1."""
-    with contextlib.suppress(ChildProcessError):
+    with contextlib.suppress(ChildProcessError, AttributeError):  # macOS, before 3.13
         if os.getpid() != 1:
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            return set(descendants(os.getpid()))
+            return set(descendants())
     return set()
 
 
@@ -2870,24 +2498,26 @@ def remove_file(path: str, inode: int) -> None:
 
 
 class Process:
-    """A program's place in the supervisor, and its checks. Main thread.
-
-    Checks run one at a time, and are given up at `timeout`.
-    """
+    """A program's place in the supervisor. Main thread."""
 
     def __init__(self, supervisor: Supervisor, program: Program) -> None:
         self.supervisor = supervisor
-        self.program = program
+        self.program = program  # as it runs, or ran
         self.name = program.name
         self.status = Status()
-        self.successor: Program | None = None  # from a reload, for the next start
-        self.child: Child | None = None
         self.group = 0  # the last run's
-        self.env_text = ""  # of the env_files, as it was started with
-        self.output = Output(program.name)
+        self.env_files: Variables = {}  # what it was started with of those
+        self.output = Output(REMEMBERED, LAG)
+        self.colour = COLOURS[len(supervisor.processes) % len(COLOURS)]
         self.snapshot = Snapshot(program, self.status, self.output)
         self.check_began: float | None = None  # of the one that is under way
         self.check_pid = 0  # of its command
+        self.wake = functools.partial(self.apply, Due())
+
+    @property
+    def definition(self) -> Program:
+        """What the configuration says now, of which the next run is made."""
+        return self.supervisor.config.programs.get(self.name, self.program)
 
     def apply(self, event: Event) -> None:
         """Feed an event to the state machine, do what it says, publish the result."""
@@ -2900,38 +2530,37 @@ class Process:
                 # A stopped process takes no signal but SIGCONT.
                 self.signal(signal_number(action.name))
                 self.signal(signal.SIGCONT)
-            elif not send(-self.group, signal.SIGKILL) and self.child is None:
+            elif not send(-self.group, signal.SIGKILL) and self.status.pid is None:
                 self.apply(Emptied())
         self.supervisor.at(self.status.deadline, self.wake)
         self.publish()
 
-    def wake(self) -> None:
-        self.apply(Due())
-
     def signal(self, number: int) -> None:
         """Signal the group, or the leader where that is wanted."""
-        assert self.group > 0  # 0 would be our own
-        if self.program.stopasgroup or self.child:
-            send(-self.group if self.program.stopasgroup else self.group, number)
+        target = -self.group if self.program.stopasgroup else self.status.pid
+        if target:  # 0 would be our own group
+            send(target, number)
 
     def start_run(self) -> Event:
         """Start the program as it is defined now."""
-        supervisor = self.supervisor
-        self.program, self.successor = self.successor or self.program, None
+        self.program = program = self.definition
+        report: typing.BinaryIO = io.BytesIO()
         with contextlib.ExitStack() as stack:
             try:
-                self.env_text = read_env_files(self.program)
-                out, err = self.open_streams(stack)
-                self.child = self.spawn(self.program.argv, out, err)
-            except OSError as error:  # out of descriptors
-                reason = f"cannot start {self.name}: {error.strerror}"
-                return SpawnFailed(reason, 126)
-            except SpawnError as error:
-                reason = f"cannot start {self.name}: {error.reason}"
-                return SpawnFailed(reason, error.code)
-        self.group = self.child.pid
-        supervisor.children[self.group] = self.ended
-        supervisor.at(time.monotonic(), self.check)
+                self.env_files = read_env_files(program)
+                fds = self.open_streams(stack)
+                if program.rlimits or program.nice is not None:
+                    read_fd, write_fd = os.pipe()
+                    report = io.FileIO(read_fd)
+                    os.set_blocking(read_fd, False)
+                    stack.callback(os.close, write_fd)
+                    fds.append(write_fd)
+                self.group = self.spawn(program.argv, *fds)
+            except (OSError, ValueError) as error:
+                reason, code = why_not(program, program.argv, error)
+                return SpawnFailed(f"cannot start {self.name}: {reason}", code)
+        self.supervisor.children[self.group] = lambda code: self.ended(report, code)
+        self.supervisor.at(time.monotonic(), self.check)
         return Spawned(self.group)
 
     def open_streams(self, stack: contextlib.ExitStack) -> list[int]:
@@ -2942,21 +2571,23 @@ class Process:
         for stream, where in zip(STREAMS, routes):
             if fds and where == routes[0] and where.log_format != "json":
                 return fds * 2  # one pipe keeps the order of the two
-            if isinstance(where.target, int):
-                fd = where.target
-            else:
+            fd = where.target
+            if isinstance(fd, str):
                 try:
-                    fd, _ = open_log(where.target)
+                    fd = open_log(fd)
                 except OSError as error:
-                    place = f"the log file {where.target!r}"
-                    reason = f"cannot open {place}: {error.strerror}"
-                    raise SpawnError(reason) from None
+                    raise ValueError(f"cannot open {fd!r}: {error.strerror}") from None
                 os.set_blocking(fd, True)
                 stack.callback(os.close, fd)
             if not where.direct:  # the log thread opens the file again, and keeps it
                 read_fd, fd = os.pipe()
                 stack.callback(os.close, fd)
-                read_fd = supervisor.file_limit.out_of_the_way(read_fd)
+                # Out of the way: Popen needs one below the original limit for itself.
+                with contextlib.suppress(OSError, OverflowError):  # nothing is above
+                    lowest = supervisor.few_files[0]
+                    high_fd = fcntl.fcntl(read_fd, fcntl.F_DUPFD_CLOEXEC, lowest)
+                    os.close(read_fd)
+                    read_fd = high_fd
                 os.set_blocking(read_fd, False)
                 add = functools.partial(self.add_source, read_fd, stream, where)
                 stack.callback(supervisor.log.post, add)
@@ -2966,47 +2597,82 @@ class Process:
     def add_source(self, fd: int, stream: str, where: Route) -> None:
         """Have a pipe read. Log thread."""
         supervisor, log, program = self.supervisor, self.supervisor.log, self.program
-        recent, width, colour, form = None, 0, None, None
+        form, prefix = None, f"{self.name} | "
         if isinstance(where.target, int):
-            recent, width = self.output.recent, supervisor.name_width
+            prefix = f"{self.name:<{supervisor.name_width}} | "
             if os.isatty(where.target) and not supervisor.environ.get("NO_COLOR"):
-                names = [self.name, *supervisor.processes]  # it may be gone already
-                colour = COLOURS[names[::-1].index(self.name) % len(COLOURS)]
+                prefix = f"\033[{self.colour}m{prefix[:-1]}\033[0m "
         if where.log_format != "raw":
-            form = log_formatter(where.log_format, self.name, stream, width, colour)
-        sink = log.sink(where.target, program.logfile_maxbytes, program.logfile_backups)
+            form = log_formatter(where.log_format, self.name, stream, prefix)
+        sink = log.sinks.setdefault(where.target, FileSink(str(where.target)))
+        sink.maxbytes, sink.backups = program.logfile_maxbytes, program.logfile_backups
         shared = supervisor.sharers[where.target] > 1
-        log.add(Source(fd, sink, self.output, recent, stream, form, shared))
+        log.add(Source(fd, sink, self.output, stream, form, shared))
 
-    def spawn(self, argv: tuple[str, ...], out: int, err: int) -> Child:
-        """Start a process as this program's user, with its environment."""
+    def environ(self, account: Variables) -> dict[str, str]:
+        """Return the variables of a process of this program."""
         supervisor, program = self.supervisor, self.program
-        account, extra = find_account(program), dict(supervisor.variables)
+        inherited, chosen = supervisor.environ, program.inherit_env
+        names = set(inherited if chosen is True else chosen or ()) - OWN_VARIABLES
+        environ = {
+            "PATH": os.defpath,
+            **{name: text for name, text in inherited.items() if name in names},
+            **account,
+            **self.env_files,
+            **program.environment,
+            "SUPERVISOR_PROCESS_NAME": program.name,
+            "SUPERVISOR_GROUP_NAME": program.group,
+            "PROCESS_NUM": str(program.number),
+            **supervisor.variables,
+        }
         if program.type == "notify":
-            extra["NOTIFY_SOCKET"] = supervisor.notify_address()
+            environ["NOTIFY_SOCKET"] = supervisor.notify_address
         if program.watchdog_secs:
-            extra["WATCHDOG_USEC"] = str(int(program.watchdog_secs * 1e6))
-        environ = program_environ(
-            program, supervisor.environ, account, self.env_text, extra
-        )
-        files = (supervisor.null_fd, out, err)
-        return spawn(program, argv, environ, account, files, supervisor.file_limit)
+            environ["WATCHDOG_USEC"] = str(int(program.watchdog_secs * 1e6))
+        return environ
 
-    def ended(self, wait_status: int) -> None:
-        """The leader was reaped."""
-        assert self.child
+    def spawn(self, argv: LIST, out: int, err: int, *report: int) -> int:
+        """Start a process as this program's user; raises what `why_not` explains."""
+        supervisor, program = self.supervisor, self.program
+        variables, switch = find_account(program)
+        environ = self.environ(variables)
+        if report:
+            argv = trampoline(program, argv, environ, switch, *report)
+            switch = {}
+        supervisor.limit_files(supervisor.few_files)
+        try:
+            popen = subprocess.Popen(
+                argv,
+                stdin=supervisor.null_fd,
+                stdout=out,
+                stderr=err,
+                env=environ,
+                cwd=program.directory,
+                umask=-1 if program.umask is None else program.umask,
+                start_new_session=True,
+                close_fds=bool(report),  # all are close-on-exec; one by one costs more
+                pass_fds=report,
+                **switch,
+            )
+        finally:
+            supervisor.limit_files(supervisor.many_files)
+        popen.returncode = 0  # it is reaped elsewhere; keep its destructor from waiting
+        return popen.pid
+
+    def ended(self, report: typing.BinaryIO, code: int) -> None:
+        """The leader was reaped; its exit code is negative for a signal."""
         self.cancel_check()
-        report, end = read_end(self.child, wait_status)
-        self.child = None
-        if report and self.status.state is not State.STOPPING:
+        with report:  # b"" after exec; None while another holds the pipe's other end
+            reason = (report.read() or b"").decode(errors="replace")
+        if reason and self.status.state is not State.STOPPING:
             self.status = self.status._replace(state=State.STARTING, pid=None)
-            failed, _, reason = report.partition(" ")
-            self.apply(SpawnFailed(f"cannot start {self.name}: {reason}", int(failed)))
+            self.apply(SpawnFailed(f"cannot start {self.name}: {reason}", code))
         else:
+            number = None if code >= 0 else -code
             survivors = send(-self.group, 0)
-            self.apply(end._replace(survivors=survivors))
             if survivors:
-                self.supervisor.lingering.add(self)
+                self.supervisor.leaderless[self.group] = self
+            self.apply(Exited(None if number else code, number, survivors))
 
     def check(self) -> None:
         """Begin a health check; or give up the one that is under way."""
@@ -3020,25 +2686,22 @@ class Process:
         supervisor.at(self.check_began + check.timeout, self.check)
         take = functools.partial(self.take_result, self.check_began)
         if not check.command:
-
-            def work() -> None:
-                supervisor.post(functools.partial(take, probe(check)))
-
-            threading.Thread(target=work, daemon=True).start()
+            threading.Thread(
+                target=lambda: supervisor.post(functools.partial(take, probe(check))),
+                daemon=True,
+            ).start()
             return
+
+        def ended(code: int) -> None:
+            end = f"exit code {code}" if code > 0 else f"killed by {signal_name(-code)}"
+            take(end if code else "")
+
+        fd = supervisor.null_fd
         try:
-            child = self.spawn(check.argv, supervisor.null_fd, supervisor.null_fd)
-        except SpawnError as error:
-            take(error.reason)
-            return
-        self.check_pid = child.pid
-
-        def ended(wait_status: int) -> None:
-            report, end = read_end(child, wait_status)
-            status = Status(exit_code=end.code, exit_signal=end.signal)
-            take("" if end.code == 0 else report or describe_end(status))
-
-        supervisor.children[child.pid] = ended
+            self.check_pid = self.spawn(check.command, fd, fd)
+            supervisor.children[self.check_pid] = ended
+        except (OSError, ValueError) as error:
+            take(why_not(self.program, check.command, error)[0])
 
     def take_result(self, began: float, detail: str) -> None:
         """Take what a check found, "" if it passed, and set the time of the next."""
@@ -3047,11 +2710,10 @@ class Process:
             return
         self.cancel_check()
         self.apply(Checked(not detail, detail))
-        status = self.status
-        if status.state in (State.STARTING, State.RUNNING):
+        if self.status.state in (State.STARTING, State.RUNNING):
             first = min(check.interval, FIRST_INTERVAL)
-            interval = first if status.healthy is None else check.interval
-            self.supervisor.at(max(began + interval, time.monotonic()), self.check)
+            interval = first if self.status.healthy is None else check.interval
+            self.supervisor.at(began + interval, self.check)
 
     def cancel_check(self) -> None:
         """End the check that is under way, and plan no other."""
@@ -3064,28 +2726,25 @@ class Process:
     def publish(self) -> None:
         """Make the status known: to HTTP threads, the log, and who depends on it."""
         old, status, supervisor = self.snapshot, self.status, self.supervisor
-        if (status, self.program) == (old.status, old.program):
-            return
-        new_run = status.pid not in (None, old.status.pid)
-        new_state = status.state is not old.status.state
+        before = old.status
+        if status._replace(deadline=None) == before._replace(deadline=None):
+            return  # as at each WATCHDOG=1
+        new_run = status.pid not in (None, before.pid)
+        new_state = status.state is not before.state
         started_at = time.time() if new_run else old.started_at
         changed_at = time.time() if new_state else old.changed_at
-        log_format = supervisor.config.log_format
         self.snapshot = new = Snapshot(
-            self.program, status, self.output, log_format, started_at, changed_at
+            self.program, status, self.output, started_at, changed_at
         )
         if supervisor.processes.get(self.name) is self:
             supervisor.snapshots[self.name] = new
-        moved = status._replace(deadline=None) != old.status._replace(deadline=None)
-        if moved:
-            supervisor.events.append(new)
+        supervisor.events.append(new)
         if status.state not in (State.STARTING, State.RUNNING):
             self.cancel_check()
         if new_state or new_run:
             pid = f"pid {status.pid}" if status.pid else ""
             words = [status.state.value, pid, status.reason]
             backoff = status.state is State.BACKOFF
-            before = old.status
             if status.restarts > before.restarts and before.state is not State.BACKOFF:
                 words.append(f"after {describe_end(status)}")
             if backoff and status.deadline is not None:
@@ -3093,79 +2752,74 @@ class Process:
                 words.append(f"restart in {seconds:.2g} s")
             level = "warning" if backoff or has_failed(status) else "info"
             supervisor.say(self.name, ", ".join(filter(None, words)), level)
-        if moved:
-            supervisor.react(self)
+        supervisor.changes.append((self, status))
 
     def block(self) -> None:
-        """Learn anew what it has to wait for."""
-        others = self.supervisor.processes
-        names = [one for one in (self.successor or self.program).needs if one in others]
-        event = blocked_by({n: (others[n].program, others[n].status) for n in names})
+        """Learn anew what it is, unless it runs, and what it has to wait for."""
+        if not self.status.is_alive:
+            self.program = self.definition
+        known, needs = self.supervisor.snapshots, self.definition.needs
+        event = blocked_by({name: known[name][:2] for name in needs if name in known})
         if event != (self.status.blocked, self.status.blocked_as):
             self.apply(event)
 
-    def differs(self, program: Program) -> bool:
-        """Return whether a definition, its env_files included, is another than ours."""
-        if program != (self.successor or self.program)._replace(needs=program.needs):
-            return True
-        try:
-            return self.group > 0 and read_env_files(program) != self.env_text
-        except SpawnError:
-            return True
+    def differs(self) -> bool:
+        """Return whether it is defined otherwise, env_files included, than it runs."""
+        new = self.definition._replace(needs=self.program.needs)
+        with contextlib.suppress(OSError, ValueError):
+            kept = self.group == 0 or read_env_files(new) == self.env_files
+            return not kept or new != self.program
+        return True
 
     def renew(self) -> None:
-        """Take over a new definition, with a new run if it was to be running."""
-        status, program = self.status, self.successor or self.program
-        stopping = status.state is State.STOPPING and status.after is After.STOP
-        wanted = not stopping and status.state is not State.STOPPED
-        if status.state in (State.EXITED, State.FATAL):
-            wanted = program.autostart
-        if not status.is_alive:
-            self.program, self.successor = program, None
-            self.publish()
+        """Become what is defined now, with a new run if it was to be running."""
+        status, program = self.status, self.definition
+        over = status.state in (State.EXITED, State.FATAL)
+        wanted = program.autostart if over else verdict(program, status)
         self.block()
-        if wanted:
+        if wanted and status.state is not State.WAITING:  # that goes on as the new one
             self.apply(Restart())
+
+
+def read_token(config: Config, warn: Callable[[str], object]) -> str:
+    """Return the token of a configuration; raises ConfigError."""
+    path = config.token_file
+    if not path:
+        return config.token
+    try:
+        with open(path, encoding="utf-8") as file:
+            if os.fstat(file.fileno()).st_mode & 0o077:
+                warn(f"token_file {path!r} can be read by others")
+            return file.read().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"cannot read token_file {path!r}: {error}"]) from None
 
 
 class Supervisor:
     """Runs the programs of a configuration. `run` blocks; main thread, once.
 
     It sets signal handlers, reaps every child of this process, and puts all back as it
-    was when it returns. `lifeline` is a descriptor whose end of file ends it too;
-    `overrides` are fields that stay as given, whatever a reload brings.
+    was when it returns. With `private`, see `load_config`, the end of its standard
+    input ends it, too.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        level: str = "info",
-        lifeline: int | None = None,
-        overrides: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.overrides = overrides or {}
-        self.config = config._replace(**self.overrides)
-        self.level = LEVELS[level]
-        self.lifeline = lifeline
+    def __init__(self, config: Config, level: str = "info", private: str = "") -> None:
+        self.config, self.level, self.private = config, LEVELS[level], private
         self.started_at = time.time()
         self.processes: dict[str, Process] = {}
-        self.snapshots: dict[str, Snapshot] = {}
         self.events: Feed[Snapshot | str] = Feed(MOST_EVENTS, MOST_EVENTS)
         self.children: dict[int, Callable[[int], None]] = {}  # what to do at their end
         self.deadlines: dict[Callable[[], object], float] = {}
         self.calls: deque[Callable[[], object]] = deque()
-        self.lingering: set[Process] = set()  # whose leader is gone, whose group is not
+        self.changes: deque[tuple[Process, Status]] = deque()  # not yet reacted to
+        self.leaderless: dict[int, Process] = {}  # by the group that lives on
         self.answering: set[Conversation] = set()  # that are about to send
         self.told_manager = ""
-        self.all_statuses: tuple[object, Response] = (None, Response(b""))
-        self.notify: NotifySocket | None = None
-        self.connections = threading.Semaphore(MOST_CONNECTIONS)
-        self.streams = threading.Semaphore(MOST_STREAMS)
-        self.variables: dict[str, str] = {}  # that every program gets
-        self.started = False  # the first programs
-        self.ending = False  # a shutdown has begun
-        self.sweep_at: float | None = None  # when orphans are killed
-        self.finished = False
+        self.connections = [threading.Semaphore(most) for most in MOST_CONNECTIONS]
+        self.streams = [threading.Semaphore(most) for most in MOST_STREAMS]
+        self.variables = {"SUPERVISOR_ENABLED": "1"}  # that every program gets
+        self.ending = self.finished = False  # a shutdown has begun, and is over
+        self.sweep_at = 0.0  # when orphans are killed; 0 until they are told to end
         self.exit_code = 0
         self.cleanup = contextlib.ExitStack()
 
@@ -3174,16 +2828,11 @@ class Supervisor:
         with self.cleanup:
             self.open()
             self.end_leftovers()
-            for process in self.processes.values():
-                process.block()
-            for process in () if self.ending else list(self.processes.values()):
-                if process.program.autostart and not self.ending:
-                    process.apply(Start())
-            self.started = True
-            self.finish_if_done()
-            self.keep_manager_informed()
+            self.start(list(self.processes.values()))
+            self.guard(self.conclude)
             while not self.finished:
                 self.turn(LONGEST_SLEEP)
+                self.guard(self.conclude)
         return self.exit_code
 
     def turn(self, longest: float) -> None:
@@ -3203,10 +2852,9 @@ class Supervisor:
         try:
             call(*arguments)
         except Exception as error:
-            where = error.__traceback__
-            while where and where.tb_next:
-                where = where.tb_next
-            line = where.tb_lineno if where else 0
+            import traceback
+
+            line = traceback.extract_tb(error.__traceback__)[-1].lineno
             self.say("", f"internal error: {error!r}, line {line}", "error")
             time.sleep(TICK)  # so that one that comes again does not fill the log
 
@@ -3223,8 +2871,7 @@ class Supervisor:
         defer(os.close, null_fd)
         for fd in os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else range(256):
             with contextlib.suppress(OSError):  # it is closed
-                if int(fd) > 2:
-                    os.set_inheritable(int(fd), False)
+                os.set_inheritable(int(fd), int(fd) < 3)
         self.environ = original_environ()
         self.selector = selectors.DefaultSelector()
         defer(self.selector.close)
@@ -3232,30 +2879,29 @@ class Supervisor:
         self.log = LogThread(self.config.log_format == "json")
         defer(self.release_followers)
         defer(self.log.close)
-        self.token = self.read_token(self.config)
+        self.token = read_token(self.config, self.warn)
         self.bind_all()
-        self.file_limit = FileLimit()
-        defer(lambda: self.file_limit.set(self.file_limit.soft))
+        self.raise_file_limit()
         self.spared = children_before()
         if not become_subreaper() and sys.platform == "linux":
             self.warn("cannot become a subreaper: orphans go to PID 1")
-        if self.config.pidfile:
-            self.write_pidfile(self.config.pidfile)
-        if self.lifeline is not None:
-            self.watch(self.lifeline, self.lose_lifeline)
+        if self.private:
+            self.watch(0, self.lose_parent)
         if self.config.path:
             run = (path_hash(self.config.path), os.getpid(), start_time(os.getpid()))
             self.variables[RUN_VARIABLE] = ".".join(map(str, run))
-        self.add_programs(self.config.programs.values())
+        self.add_programs()
         self.keep_alive()
 
-    def write_pidfile(self, path: str) -> None:
-        try:
-            with open(path, "w") as file:
-                file.write(f"{os.getpid()}\n")
-            self.cleanup.callback(remove_file, path, os.stat(path).st_ino)
-        except OSError as error:
-            self.warn(f"cannot write the pidfile {path!r}: {error.strerror}")
+    def raise_file_limit(self) -> None:
+        """Have room for many open files; programs get the original limit."""
+        import resource
+
+        self.limit_files = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE)
+        self.few_files = soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.many_files = max(soft, min(hard, MOST_FILES)), hard
+        self.limit_files(self.many_files)
+        self.cleanup.callback(self.limit_files, self.few_files)
 
     def watch(self, source: int | socket.socket, call: Callable[[], object]) -> None:
         """Have `call` called whenever something can be read."""
@@ -3277,68 +2923,55 @@ class Supervisor:
         before = signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
         defer(signal.set_wakeup_fd, before)
         wanted = {*ENDINGS, signal.SIGCHLD, signal.SIGHUP, signal.SIGUSR2}
-        fixed = {signal.SIGPIPE, signal.SIGXFSZ, signal.SIGKILL, signal.SIGSTOP}
-        for number in signal.valid_signals() - fixed:
+        for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:
             handler = signal.getsignal(number)
             if number in wanted or handler == signal.SIG_IGN:  # from nohup, say
-                defer(signal.signal, number, handler or signal.SIG_DFL)
                 signal.signal(number, lambda number, frame: None)
+                defer(signal.signal, number, handler or signal.SIG_DFL)
         mask = signal.pthread_sigmask(signal.SIG_SETMASK, ())
         defer(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
 
     def bind_all(self) -> None:
-        """Bind the control socket and all addresses; raises SupervisorError."""
-        config = self.config
-        addresses = [(parse_address(text), False) for text in config.listen if text]
+        """Bind all addresses, write the pidfile; raises SupervisorError."""
+        config, control = self.config, ""
         try:
             if config.path or config.control != "auto":
-                path = control_path(config.control, config.path)
-                addresses[:0] = [(Address(path=path), True)] * bool(path)
+                control = control_path(config.control, config.path)
         except OSError as error:
             self.warn(f"cannot have a control socket in {error.filename}: {error}")
-        for address, is_control in addresses:
+        if control:
+            self.listen(Address(path=control), is_control=True)
+        for text in filter(None, config.listen):
+            self.listen(parse_address(text), is_control=False)
+        if path := config.pidfile:
             try:
-                self.listen(address, is_control)
+                with open(path, "w") as file:
+                    file.write(f"{os.getpid()}\n")
+                self.cleanup.callback(remove_file, path, os.stat(path).st_ino)
             except OSError as error:
-                place = f"{'the control socket ' * is_control}{address}"
-                reason = f"cannot listen on {place}: {error.strerror or error}"
-                taken = error.errno in (errno.EADDRINUSE, errno.EEXIST)
-                # A container's programs run without; others' verbs find another way.
-                if taken if is_control else os.getpid() != 1:
-                    raise SupervisorError(reason) from None
-                self.warn(reason)
-            else:
-                if not (address.path or address.is_loopback or self.token):
-                    self.warn(f"{address} is open for reading, no token is set")
+                self.warn(f"cannot write the pidfile {path!r}: {error.strerror}")
 
     def listen(self, address: Address, is_control: bool) -> None:
         try:
             bound = bind(address, private=is_control)
         except OSError as error:
-            if address.host != "::" or error.errno not in NO_IPV6:
-                raise
-            bound = bind(address._replace(host="0.0.0.0"))
+            place = f"{'the control socket ' * is_control}{address}"
+            reason = f"cannot listen on {place}: {error.strerror or error}"
+            taken = error.errno in (errno.EADDRINUSE, errno.EEXIST)
+            # A container's programs run without; others' verbs find another way.
+            if taken if is_control else os.getpid() != 1:
+                raise SupervisorError(reason) from None
+            self.warn(reason)
+            return
         self.cleanup.callback(bound.close)
-        if address.path:
-            inode = os.stat(address.path).st_ino
-            self.cleanup.callback(remove_file, address.path, inode)
+        if path := address.path:
+            self.cleanup.callback(remove_file, path, os.stat(path).st_ino)
+        elif not (address.is_loopback or self.token):
+            self.warn(f"{address} is open for reading, no token is set")
         if is_control:
-            self.variables["SUPERVISOR_SERVER_URL"] = f"unix://{address.path}"
-        listener = Listener(bound, address, is_control)
+            self.variables["SUPERVISOR_SERVER_URL"] = f"unix://{path}"
+        listener = Listener(self, bound, address, is_control)
         self.watch(bound, functools.partial(self.accept, listener))
-
-    def read_token(self, config: Config) -> str:
-        """Return the token of a configuration; raises ConfigError."""
-        path = config.token_file
-        if not path:
-            return config.token
-        try:
-            with open(path, encoding="utf-8") as file:
-                if os.fstat(file.fileno()).st_mode & 0o077:
-                    self.warn(f"token_file {path!r} can be read by others")
-                return file.read().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError([f"cannot read token_file {path!r}: {error}"]) from None
 
     def at(self, when: float | None, call: Callable[[], object]) -> None:
         """Have something called once, at an instant; with None not at all."""
@@ -3354,22 +2987,20 @@ class Supervisor:
 
     def ask(self, question: Callable[[], T]) -> T:
         """Have the main thread call something; return or raise its result."""
-        answers: list[T | Exception] = []
-        done = threading.Event()
+        answers: Feed[T | Exception] = Feed(1, 1)
 
         def call() -> None:
             try:
                 answers.append(question())
             except Exception as error:
                 answers.append(error)
-            done.set()
 
         self.post(call)
-        if not done.wait(ASK_TIME):
-            raise HttpError(503, "the main loop is busy")
-        if isinstance(answers[0], Exception):
-            raise answers[0]
-        return answers[0]
+        for answer in answers.read(0, ASK_TIME)[0]:
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+        raise HttpError(503, "the main loop is busy")
 
     def say(self, name: str, text: str, level: str = "info") -> None:
         """Write a message to standard error, through the log thread. Any thread."""
@@ -3383,9 +3014,6 @@ class Supervisor:
         numbers = set(os.read(self.wake_read, 65536))
         if signal.SIGCHLD in numbers:
             self.reap()
-            self.look_at_groups()
-            if self.ending:
-                self.finish_if_done()
         for number in numbers.intersection(ENDINGS):
             if self.ending:
                 self.kill_all(f"{signal_name(number)} during the shutdown")
@@ -3401,31 +3029,25 @@ class Supervisor:
         while self.calls:
             self.guard(self.calls.popleft())
 
-    def reap(self) -> bool:
-        """Collect all children that have ended; return whether any is left."""
+    def reap(self) -> None:
+        """Collect all children that have ended, and notice groups that are empty."""
         ends = []  # at first only these: what is started again may end at once
         with contextlib.suppress(ChildProcessError):
             while (end := os.waitpid(-1, os.WNOHANG))[0]:
                 ends.append(end)
-            ends.append((0, 0))
-        for pid, wait_status in ends:
+        for pid, status in ends:
             if pid in self.children:
-                self.guard(self.children.pop(pid), wait_status)
-        return (0, 0) in ends
+                self.guard(self.children.pop(pid), os.waitstatus_to_exitcode(status))
+        for group, process in list(self.leaderless.items()):
+            if not group_lives(group):
+                del self.leaderless[group]
+                if process.group == group:
+                    process.apply(Emptied())
+        # Not every end makes a SIGCHLD.
+        self.at(time.monotonic() + TICK if self.leaderless else None, self.reap)
 
     def alive(self) -> list[Process]:
         return [one for one in self.processes.values() if one.status.is_alive]
-
-    def look_at_groups(self) -> None:
-        """Notice that a group is empty; not every end makes a SIGCHLD."""
-        for process in list(self.lingering):
-            settled = process.child or process.status.state is not State.STOPPING
-            if settled or not group_lives(process.group):
-                self.lingering.discard(process)
-                if not settled:
-                    process.apply(Emptied())
-        again = time.monotonic() + TICK if self.lingering else None
-        self.at(again, self.look_at_groups)
 
     def accept(self, listener: Listener) -> None:
         try:
@@ -3435,133 +3057,116 @@ class Supervisor:
             again = functools.partial(self.watch, listener.socket, call)
             self.at(time.monotonic() + 1, again)
             return
-        connection.setblocking(True)
-        if not (listener.is_control or self.connections.acquire(blocking=False)):
-            turn_away(connection)
-            return
+        conversation = Conversation(listener, connection)
+        slots = self.connections[listener.is_control]
+        if slots.acquire(blocking=False):
+            try:
+                threading.Thread(target=conversation.run, daemon=True).start()
+                return
+            except RuntimeError:  # no thread to be had: a limit of processes
+                slots.release()
+        conversation.turn_away()
 
-        def converse() -> None:
-            with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-                if not listener.is_control:
-                    stack.callback(self.connections.release)
-                stack.enter_context(connection)
-                handler_class()(connection, "", Place(self, listener))  # type: ignore[arg-type]
-
-        try:
-            threading.Thread(target=converse, daemon=True).start()
-        except RuntimeError:  # no thread to be had: a limit of processes
-            connection.close()
-            if not listener.is_control:
-                self.connections.release()
-
-    @contextlib.contextmanager
-    def stream_slot(self, listener: Listener) -> Iterator[None]:
-        """Hold one of the places for streams; raises HttpError 503. Any thread."""
-        if not (listener.is_control or self.streams.acquire(blocking=False)):
-            raise HttpError(503, f"{MOST_STREAMS} streams are open already")
-        try:
-            yield
-        finally:
-            if not listener.is_control:
-                self.streams.release()
-
-    def add_programs(self, programs: Iterable[Program]) -> None:
-        """Take programs in, without starting them, and put all in the file's order."""
-        for program in programs:
-            if program.name not in self.processes:
-                self.processes[program.name] = Process(self, program)
-        names = dict.fromkeys([*self.config.programs, *self.processes])
-        self.processes = {name: self.processes[name] for name in names}
+    def add_programs(self) -> None:
+        """Take in what the configuration names, in its order, without starting it."""
+        programs, known = self.config.programs, self.processes
+        self.processes = {
+            name: known.get(name) or Process(self, programs[name])
+            for name in [*programs, *known]
+        }
         self.snapshots = {name: one.snapshot for name, one in self.processes.items()}
+        self.name_width = max(map(len, programs), default=0)
         self.dependents: defaultdict[str, list[Process]] = defaultdict(list)
         for process in self.processes.values():
-            for name in (process.successor or process.program).needs:
+            for name in process.definition.needs:
                 self.dependents[name].append(process)
         self.sharers: Counter[int | str] = Counter()  # of a target of output
-        self.name_width = 0  # of those in the lines of the terminal
-        for name, program in self.config.programs.items():
+        for program in programs.values():
             for where in {route(program, s, self.config.log_format) for s in STREAMS}:
                 self.sharers[where.target] += 1
-                if isinstance(where.target, int) and not where.direct:
-                    self.name_width = max(self.name_width, len(name))
+        for process in list(self.processes.values()):
+            process.block()
 
-    def is_gone(self, name: str) -> bool:
-        """Return whether a program was removed, or everything is over. Any thread."""
-        return self.events.closed or name not in self.snapshots
+    def start(self, processes: Iterable[Process]) -> None:
+        """Start those that are to run, unless the end of one begins a shutdown."""
+        for process in processes:
+            if process.definition.autostart and not self.ending:
+                process.apply(Start())
+                self.react()
 
-    def react(self, process: Process) -> None:
+    def react(self) -> None:
+        """Do what changes mean to others; from a queue, as chains may be long."""
+        while self.changes:
+            self.guard(self.spread, *self.changes.popleft())
+
+    def spread(self, process: Process, status: Status) -> None:
         """Do what the change of one program means to the others."""
-        status, program, name = process.status, process.program, process.name
+        program, name = process.program, process.name
         for dependent in self.dependents[name]:
             dependent.block()
-        if not status.is_alive:
-            if process.successor:
-                process.program, process.successor = process.successor, None
-                process.block()
-            if name in self.processes and name not in self.config.programs:
-                del self.processes[name]
-                del self.snapshots[name]
-                self.events.append(name)
-            if status.state in (State.EXITED, State.FATAL):
-                wish = program.on_failure if has_failed(status) else program.on_success
-                if wish == "shutdown":
-                    code = exit_status(status)
-                    self.begin_shutdown(code, f"{name} has ended")
-            self.finish_if_done()
-        self.keep_manager_informed()
+        if status.is_alive:
+            return
+        if name in self.processes and name not in self.config.programs:
+            del self.processes[name]
+            del self.snapshots[name]
+            self.events.append(name)
+            process.output.close()
+        wish = program.on_failure if has_failed(status) else program.on_success
+        if wish == "shutdown" and status.state in (State.EXITED, State.FATAL):
+            code = last_code(status) or int(has_failed(status))
+            self.begin_shutdown(code, f"{name} has ended")
 
-    def order(self, verb: str, names: list[str]) -> tuple[int, dict[str, Snapshot]]:
-        """Start, stop or restart programs; return where the events after it begin."""
-        if self.ending and verb != "stop":
-            raise SupervisorError("cannot start anything: shutting down")
-        orders: dict[str, Event] = {"start": Start(), "stop": Stop()}
-        event = orders.get(verb, Restart())
+    def order(self, order: Order, targets: Iterable[Snapshot]) -> list[Process]:
+        """Do what somebody wants of those programs that are still there."""
+        names = [one.program.name for one in targets]
         chosen = [self.processes[name] for name in names if name in self.processes]
         for process in chosen:
-            if verb == "stop" or not self.ending:
-                process.apply(event)
-        return self.events.end, {one.name: one.snapshot for one in chosen}
+            if self.ending and isinstance(order, (Start, Restart)):
+                raise SupervisorError("cannot start anything: shutting down")
+            if not isinstance(order, Signal):
+                process.apply(order)
+            elif process.status.is_alive:
+                process.signal(signal_number(order.name))
+        return chosen
 
-    def signal(self, number: int, names: list[str]) -> list[Snapshot]:
-        chosen = [self.processes[name] for name in names if name in self.processes]
-        for process in chosen:
-            if process.status.is_alive:
-                process.signal(number)
-        return [process.snapshot for process in chosen]
-
+    @functools.cached_property
     def notify_address(self) -> str:
-        """Return the address of the notify socket, made when first wanted."""
-        if sys.platform != "linux":
-            raise SpawnError('type "notify" needs Linux')
-        if self.notify is None:
-            self.notify = NotifySocket()
-            self.cleanup.callback(self.notify.socket.close)
-            self.watch(self.notify.socket, self.read_notifications)
-        return self.notify.address
+        """Where notify programs speak to (sd_notify(3)), made when first wanted.
 
-    def read_notifications(self) -> None:
-        """Take what programs say of themselves, a bounded number at a time."""
-        for _ in range(64):
-            message = self.notify.receive() if self.notify else None
-            if message is None:
-                return
-            process = self.owner(message[0])
-            if process is None or process.program.type != "notify":
-                self.say("", f"ignored a notification from {message[0]}", "debug")
-                continue
-            for line in message[1]:
-                key, _, value = line.partition("=")
-                if line == "READY=1":
-                    process.apply(Ready())
-                elif line == "WATCHDOG=1":
-                    process.apply(Alive())
-                elif key == "STATUS":
-                    text = "".join(filter(str.isprintable, value[:MOST_TEXT]))
-                    process.apply(Text(text))
+        The kernel says who sent a message (SCM_CREDENTIALS, unix(7)).
+        """
+        if sys.platform != "linux":
+            raise ValueError('type "notify" needs Linux')
+        bound = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.cleanup.callback(bound.close)
+        bound.setblocking(False)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        bound.bind("")  # to an abstract name that is free (autobind)
+        self.watch(bound, functools.partial(self.read_notification, bound))
+        return str(bound.getsockname().decode()).replace("\0", "@")
+
+    def read_notification(self, bound: socket.socket) -> None:
+        """Take what a program says of itself."""
+        # No room for descriptors: the kernel closes what BARRIER=1 comes with.
+        data, who, *_ = bound.recvmsg(65536, socket.CMSG_SPACE(12))
+        pid = int.from_bytes(who[0][2][:4], sys.byteorder)
+        process = self.owner(pid)
+        if process is None or process.program.type != "notify":
+            self.say("", f"ignored a notification from {pid}", "debug")
+            return
+        for line in data.decode(errors="replace").split("\n"):
+            key, _, value = line.partition("=")
+            if line == "READY=1":
+                process.apply(Ready())
+            elif line == "WATCHDOG=1":
+                process.apply(Alive())
+            elif key == "STATUS":
+                text = "".join(filter(str.isprintable, value[:MOST_TEXT]))
+                process.apply(Text(text))
 
     def owner(self, pid: int) -> Process | None:
         """Return the program of a process: by session or ancestry."""
-        leaders = {one.group: one for one in self.processes.values() if one.child}
+        leaders = {one.status.pid: one for one in self.processes.values()}
         with contextlib.suppress(OSError, IndexError):
             while pid > 1:
                 leader = os.getsid(pid)  # every program leads a session
@@ -3598,8 +3203,8 @@ class Supervisor:
         old = self.config
         if self.ending or not old.path:
             raise SupervisorError("shutting down" if self.ending else "it has no file")
-        config = load_config(old.path)._replace(**self.overrides)
-        self.token = self.read_token(config)
+        config = load_config(old.path, self.private)
+        self.token = read_token(config, self.warn)
         self.config = config
         self.log.as_json = config.log_format == "json"
         result = self.change_programs(old.programs)
@@ -3607,45 +3212,30 @@ class Supervisor:
         stuck = [key for key in fixed if getattr(old, key) != getattr(config, key)]
         if stuck:
             result["needs_restart"] = stuck
-            self.warn(f"a changed {', '.join(stuck)} needs a restart")
-        counts = [f"{len(names)} {key}" for key, names in list(result.items())[:3]]
-        self.say("", f"reloaded: {', '.join(counts)}, {result['unchanged']} unchanged")
+        words = [f"{key} {names}" for key, names in result.items()]
+        self.say("", f"reloaded: {', '.join(words)}", "warning" if stuck else "info")
         return result
 
     def change_programs(self, old: Mapping[str, Program]) -> dict[str, Any]:
         """Stop, start and restart what differs; leave all else untouched."""
-        programs = self.config.programs
+        programs, known = self.config.programs, self.processes
         added = [name for name in programs if name not in old]
-        gone = [one for name, one in self.processes.items() if name not in programs]
-        changed = []
-        for name in [name for name in programs if name in self.processes]:
-            process, program = self.processes[name], programs[name]
-            if name in added or process.differs(program):
-                process.successor = program
-                changed += [process] * (name in old)
-            else:  # but there may be more instances of what it needs
-                process.program = process.program._replace(needs=program.needs)
-        self.add_programs(programs.values())
-        for process in changed:
+        removed = [name for name in known if name not in programs]
+        changed = [one for one in programs if one in old and known[one].differs()]
+        self.add_programs()
+        for name in removed:
+            known[name].apply(Stop())  # which changes nothing where it was stopped
+            self.changes.append((known[name], known[name].status))
+        for name in changed:
             if not self.ending:
-                process.renew()
-        for process in list(self.processes.values()):
-            process.block()
-        for process in gone:
-            process.apply(Stop())
-            self.react(process)  # it may have been stopped before
-        for name in added:
-            if programs[name].autostart and not self.ending:
-                self.processes[name].apply(Start())
-        return {
-            "added": added,
-            "changed": [process.name for process in changed],
-            "removed": [process.name for process in gone],
-            "unchanged": len(programs) - len(added) - len(changed),
-        }
+                known[name].renew()
+        self.start(self.processes[name] for name in added)
+        result = {"added": added, "changed": changed, "removed": removed}
+        return {**result, "unchanged": len(programs) - len(added) - len(changed)}
 
     def reopen_logs(self) -> None:
-        self.log.reopen()
+        for sink in list(self.log.sinks.values()):
+            self.log.post(sink.reopen)
         for name, program in self.config.programs.items():
             for where in {route(program, s, self.config.log_format) for s in STREAMS}:
                 if where.direct and where.target not in (1, 2, NOWHERE):
@@ -3657,37 +3247,31 @@ class Supervisor:
         """Let streams send what there still is, and end."""
         self.events.close()
         for process in self.processes.values():
-            process.output.recent.close()
+            process.output.close()
         end = time.monotonic() + FAREWELL
         while self.answering and time.monotonic() < end:
             time.sleep(TICK)
 
-    def lose_lifeline(self) -> None:
-        if self.lifeline is not None and not os.read(self.lifeline, 4096):
-            self.selector.unregister(self.lifeline)
-            self.begin_shutdown(0, "the parent is gone")
+    def lose_parent(self) -> None:
+        self.selector.unregister(0)
+        self.begin_shutdown(0, "the parent is gone")
 
     def begin_shutdown(self, code: int, reason: str) -> None:
         """Stop everything, dependents first, then return `code`."""
         if self.ending:
             return
-        self.ending = True
-        self.exit_code = code
+        self.ending, self.exit_code = True, code
         self.say("", f"shutting down: {reason}")
         tell_manager("STOPPING=1")
         for process in list(self.processes.values()):
             # From here on nothing comes back, whatever way it ends.
-            program = process.program
-            process.program = program._replace(autorestart=False, healthcheck=None)
-            process.cancel_check()
+            process.program = process.program._replace(autorestart=False)
             if process.status.state in (State.STOPPING, State.WAITING, State.BACKOFF):
                 process.apply(Stop())
-        now = time.monotonic()
+        now, limit = time.monotonic(), self.config.shutdown_timeout
         self.at(now + WAITING_FIRST, self.name_waiting)
-        if self.config.shutdown_timeout is not None:
-            late = functools.partial(self.kill_all, "shutdown_timeout is over")
-            self.at(now + self.config.shutdown_timeout, late)
-        self.finish_if_done()
+        if limit is not None:
+            self.at(now + limit, lambda: self.kill_all("shutdown_timeout is over"))
 
     def name_waiting(self) -> None:
         names = ", ".join(one.name for one in self.alive())
@@ -3700,75 +3284,55 @@ class Supervisor:
         for process in self.alive():
             process.apply(Stop())
             send(-process.group, signal.SIGKILL)
-        self.finish_if_done()
 
-    def finish_if_done(self) -> None:
-        """Do what the end of a program allows; called when one has ended.
-
-        In a shutdown those stop that nothing alive depends on. Orphans get SIGTERM with
-        the last level of programs, and SIGKILL when those have been gone for a while.
-        """
-        if not self.ending:
-            if self.config.exit_when_done and self.started:
-                self.finish_when_done()
-            return
-        now, alive = time.monotonic(), self.alive()
-        for process in alive:
-            dependents = self.dependents[process.name]
-            needed = any(one.status.is_alive for one in dependents)
-            if process.status.state is not State.STOPPING and not needed:
-                process.apply(Stop())
-        if self.sweep_at is None:
-            if any(one.status.state is not State.STOPPING for one in alive):
-                return
-            self.sweep_at = FOREVER
-            self.orphans(signal.SIGTERM, signal.SIGCONT)
-        if alive:
-            return
-        self.sweep_at = min(self.sweep_at, now + SWEEP)
-        none_left = not self.reap() or not self.orphans()
-        if now >= self.sweep_at:
-            self.orphans(signal.SIGKILL)
-        self.finished = none_left or now >= self.sweep_at + SWEEP
-        self.at(None if self.finished else now + TICK, self.finish_if_done)
-
-    def orphans(self, *signals: int) -> list[int]:
-        """Signal, and return, what is ours to reap and has left its program."""
-        programs = {one.group for one in self.alive()}
-        found = descendants(os.getpid(), self.children.keys() | self.spared | programs)
-        for pid in found:
-            for number in signals:
-                send(pid, number)
-        return found
-
-    def finish_when_done(self) -> None:
-        """With `exit_when_done`, shut down once every program has ended for good."""
-        codes = []
-        for process in self.processes.values():
-            status = process.status
-            if has_failed(status):
-                codes.append(exit_status(status))
-            elif status.state is State.WAITING and status.blocked_as == "failed":
-                codes.append(1)
-            elif status.state not in (State.STOPPED, State.EXITED):
-                return
-        self.begin_shutdown([*codes, 0][0], "all programs have ended")
-
-    def keep_manager_informed(self) -> None:
-        """Tell systemd, where it asked for it, whether all is ready."""
-        if "NOTIFY_SOCKET" in self.environ and not self.ending:
-            wanted = [one for one in self.processes.values() if one.program.autostart]
-            missing = [
-                one.name
-                for one in wanted
-                if not one.snapshot.ready
-                and (one.status.state is not State.EXITED or has_failed(one.status))
-            ]
+    def conclude(self) -> None:
+        """Do what changes mean to the others, then look at all programs together."""
+        self.react()
+        watched, finite = "NOTIFY_SOCKET" in self.environ, self.config.exit_when_done
+        if not self.ending and (watched or finite):
+            programs = self.processes.items()
+            found = {name: verdict(one.program, one.status) for name, one in programs}
+            missing = [name for name, word in found.items() if word not in ("", "ok")]
+            failed = [name for name in missing if found[name] == "failed"]
             waiting = f"STATUS=waiting for {', '.join(missing)}"
             text = waiting if missing else "READY=1\nSTATUS=ready"
             if text != self.told_manager:
                 self.told_manager = text
                 tell_manager(text)
+            if finite and missing == failed and not self.alive():
+                codes = [last_code(self.processes[name].status) or 1 for name in failed]
+                self.begin_shutdown([*codes, 0][0], "all programs have ended")
+        if self.ending:
+            self.wind_down()
+
+    def wind_down(self) -> None:
+        """Stop what nothing alive depends on; when all has stopped, end the orphans.
+
+        Those get SIGTERM with the last level of programs, and SIGKILL when the programs
+        have been gone for a while.
+        """
+        now, alive = time.monotonic(), self.alive()
+        needed = {name for one in alive for name in one.program.needs}
+        running = [one for one in alive if one.status.state is not State.STOPPING]
+        for process in running:
+            if process.name not in needed:
+                process.apply(Stop())
+        if needed.intersection(one.name for one in running):
+            return  # there is another level
+        if alive and self.sweep_at:
+            return  # the orphans have been told already
+        signals = [] if self.sweep_at else [signal.SIGTERM, signal.SIGCONT]
+        self.sweep_at = min(self.sweep_at or FOREVER, FOREVER if alive else now + SWEEP)
+        if now >= self.sweep_at:
+            signals = [signal.SIGKILL]
+        spare = self.children.keys() | self.spared | {one.group for one in alive}
+        orphans = descendants(spare)
+        for pid in orphans:
+            for number in signals:
+                send(pid, number)
+        if not alive:
+            self.finished = not orphans or now >= self.sweep_at + SWEEP
+            self.at(now + TICK, self.reap)
 
     def keep_alive(self) -> None:
         period = self.environ.get("WATCHDOG_USEC", "")
@@ -3802,21 +3366,25 @@ class Client:
         if token:
             self.headers["Authorization"] = f"Bearer {token}"
 
-    def ask(self, request: str, timeout: float | None = 10.0, read: Any = None) -> Any:
-        """Return what `read` makes of the answer, else its JSON."""
+    def ask(
+        self, request: str, name: str = "", limit: float | None = 10.0, read: Any = None
+    ) -> Any:
+        """Return what `read` makes of the answer, else its JSON; `*` is the name's."""
         import http.client
         import json
+        import urllib.parse
 
-        unix, place, status = self.address.path, str(self.address), 0
+        unix, place = self.address.path, str(self.address)
+        request = request.replace("*", urllib.parse.quote(name or "", ""))
+        method, path = request.rstrip("/").split(" ", 1)
         host = "localhost" if unix else place
-        connection = http.client.HTTPConnection(host, timeout=timeout)
+        connection = http.client.HTTPConnection(host, timeout=limit)
         try:
             with contextlib.closing(connection):
                 if unix:
                     connection.sock = socket.socket(socket.AF_UNIX)
-                    connection.sock.settimeout(timeout)
+                    connection.sock.settimeout(limit)
                     connection.sock.connect(unix)
-                method, path = request.split(" ")
                 connection.request(method, path, headers=self.headers)
                 response = connection.getresponse()
                 status = response.status
@@ -3825,11 +3393,11 @@ class Client:
                 return content
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "strerror", "") or repr(error)
-            advice = "start one, or name another with -c or -s"
-            text = f"no supervisor at {place}: {reason}; {advice}"
-            status, content = 0, {"error": text}
+            text = f"no supervisor at {place}: {reason}; "
+            text += "start one, or name another with -c or -s"
+            status, content = 404, {"error": text}
         failure = SupervisorError(content.get("error", f"HTTP status {status}"))
-        failure.code = 4 if status in (0, 404) else 1
+        failure.code = 4 if status == 404 else 1
         failure.errors = content.get("errors", ())
         raise failure
 
@@ -3840,29 +3408,25 @@ class Client:
             return error.code != 4
         return True
 
-    def get(self, what: str, name: str | None = None) -> Any:
-        return self.ask(f"GET /{what}{quote(name)}")
-
     def order(self, verb: str, name: str, wait: float = 60.0) -> Any:
         """Return the status once the program is as wanted, has failed, or is late."""
         wait = min(max(wait, 0.0), MOST_WAIT)
-        request = f"POST /programs{quote(name)}/{verb}?wait={wait}"
-        return self.ask(request, wait + ASK_TIME)
+        return self.ask(f"POST /programs/*/{verb}?wait={wait}", name, wait + ASK_TIME)
 
-    status = functools.partialmethod(get, "status")  # of one, or a list
-    health = functools.partialmethod(get, "health")  # `status` and `programs` not well
+    status = functools.partialmethod(ask, "GET /status/*")  # of one, or a list
+    health = functools.partialmethod(ask, "GET /health/*")  # and `programs` not well
     start = functools.partialmethod(order, "start")
     stop = functools.partialmethod(order, "stop")
     restart = functools.partialmethod(order, "restart")
-    reload = functools.partialmethod(ask, "POST /reload", 30.0)
+    reload = functools.partialmethod(ask, "POST /reload", limit=30.0)
     shutdown = functools.partialmethod(ask, "POST /shutdown")  # only asks for it
 
     def signal(self, name: str, signal: str) -> Any:
-        return self.ask(f"POST /programs{quote(name)}/signal?signal={signal}")
+        return self.ask(f"POST /programs/*/signal?signal={signal}", name)
 
     def logs(self, name: str, lines: int = 100) -> str:
-        request = f"GET /programs{quote(name)}/logs?lines={lines}"
-        content: bytes = self.ask(request, 30.0, lambda answer: answer.read())
+        request = f"GET /programs/*/logs?lines={lines}"
+        content: bytes = self.ask(request, name, 30.0, lambda answer: answer.read())
         return content.decode(errors="replace")
 
     def wait_healthy(self, timeout: float = 30.0) -> None:
@@ -3875,13 +3439,6 @@ class Client:
             time.sleep(POLL)
 
 
-def quote(name: str | None) -> str:
-    """Return a name as a part of a path, with the slash before it."""
-    import urllib.parse
-
-    return "/" + urllib.parse.quote(name, safe="") if name else ""
-
-
 @contextlib.contextmanager
 def running(config: str | os.PathLike[str] | Mapping[str, Any]) -> Iterator[Client]:
     """Run a supervisor as a child process, for tests; yield a client of it.
@@ -3890,13 +3447,16 @@ def running(config: str | os.PathLike[str] | Mapping[str, Any]) -> Iterator[Clie
     on TCP only where the configuration says so. It stops at the end of the block, and
     when this process ends, however that comes about.
     """
+    import json
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="supervisors-") as folder:
         path = f"{folder}/supervisors.toml"
         if isinstance(config, Mapping):
+            # JSON with `=` in the place of `:` is TOML, whose tables are inline.
+            encode = json.JSONEncoder(ensure_ascii=False, separators=(",", "=")).encode
             with open(path, "w", encoding="utf-8") as file:
-                file.writelines(f"{key} = {to_toml(config[key])}\n" for key in config)
+                file.writelines(f"{key}={encode(config[key])}\n" for key in config)
         else:
             path = os.fspath(config)
         argv = [sys.executable, os.path.abspath(__file__), "-c", path]
@@ -3911,33 +3471,18 @@ def running(config: str | os.PathLike[str] | Mapping[str, Any]) -> Iterator[Clie
             yield client
 
 
-def to_toml(value: Any) -> str:
-    """Return a value, or a key, as TOML; tables inline."""
-    import json
-
-    if isinstance(value, Mapping):
-        pairs = [f"{to_toml(key)} = {to_toml(one)}" for key, one in value.items()]
-        return "{" + ", ".join(pairs) + "}"
-    return json.dumps(value, ensure_ascii=False)
-
-
 def connect(options: Mapping[str, str]) -> Client:
     """Return a client of -s, else -c, the environment, the default file."""
-    server = "" if options["-c"] else os.environ.get("SUPERVISOR_SERVER_URL", "")
-    server, path = options["-s"] or server, options["-c"] or DEFAULT_FILE
-    config = Config(listen=())
+    server, path = options["-s"], options["-c"]
+    config, token = Config(listen=()), os.environ.get("SUPERVISOR_TOKEN", "")
     with contextlib.suppress(ConfigError):  # a verb works while the file is broken
         environ = original_environ()
-        config = Config(**read_table(Config, read_toml(path), str, [], environ))
-    token = os.environ.get("SUPERVISOR_TOKEN") or config.token
-    if config.token_file and not token:
-        with contextlib.suppress(OSError), open(config.token_file) as file:
-            token = file.read().strip()
+        config = Config(**read_table(declared(Config), read_toml(path), environ)[0])
+        token = token or read_token(config, lambda warning: None)
     addresses = [server]
     if not server:
-        addresses = [
-            re.sub(r"^(0\.0\.0\.0)?:", "127.0.0.1:", one) for one in config.listen
-        ]
+        any_host = re.compile(r"^(0\.0\.0\.0)?:")
+        addresses = [any_host.sub("127.0.0.1:", one) for one in config.listen]
         with contextlib.suppress(OSError):
             control = control_path(config.control, os.path.realpath(path))
             addresses.insert(0, f"unix:{control}" if control else "")
@@ -4004,20 +3549,18 @@ def do_logs(client: Client, options: Mapping[str, str], names: str) -> int:
     """Print the newest lines; with several programs, each line with its name."""
     found = [one["name"] for one in client.status(names)]
     width, follow, failed = max(map(len, found)), "-f" in options, set()
-    query = f"lines={options['-n']}&follow={follow:d}"
+    request = f"GET /programs/*/logs?lines={options['-n']}&follow={follow:d}"
     output = io.FileIO(1, "wb", closefd=False)  # a line is one write
 
     def copy(name: str) -> None:
         prefix = f"{name:<{width}} | ".encode() if len(found) > 1 else b""
         end = b"\n" if prefix else b""  # which a last line may lack
+
+        def show(answer: Iterable[bytes]) -> None:
+            output.writelines(prefix + one.removesuffix(end) + end for one in answer)
+
         try:
-            client.ask(
-                f"GET /programs{quote(name)}/logs?{query}",
-                None if follow else 30.0,
-                lambda answer: output.writelines(
-                    prefix + line.removesuffix(end) + end for line in answer
-                ),
-            )
+            client.ask(request, name, None, show)
         except SupervisorError as error:
             if error.code != 4:  # else it is gone, or nobody reads on
                 failed.add(name)
@@ -4080,7 +3623,8 @@ def parse_arguments(arguments: list[str]) -> tuple[str, list[str], dict[str, str
             raise ValueError(f"unexpected {min(unknown)}")
         if not least <= len(words) <= most:
             raise ValueError(f"too {'few' if len(words) < least else 'many'} words")
-        options = {"-c": "", "-s": "", "-t": "60", "-n": "100", **given}
+        server = "" if "-c" in given else os.environ.get("SUPERVISOR_SERVER_URL", "")
+        options = {"-c": DEFAULT_FILE, "-s": server, "-t": "60", "-n": "100", **given}
         if verb == "signal":
             signal_number(words[0])
         if not 0 <= float(options["-t"]) <= MOST_WAIT or int(options["-n"]) < 0:
@@ -4104,18 +3648,13 @@ def main(arguments: list[str]) -> int:
         if verb in VERBS:
             names = ",".join(words + words[-1:])  # with a comma it gets an array
             return VERBS[verb][0](connect(options), options, names)
-        path = [*words, options["-c"] or DEFAULT_FILE][0]
-        config, lifeline = load_config(path), None
+        path = [*words, options["-c"]][0]
+        config = load_config(path, private := options.get("--private", ""))
         if verb == "check":
             print(f"{path}: ok, {len(config.programs)} programs")
             return 0
-        overrides: dict[str, Any] = {}
-        if "--private" in options:  # of `running`
-            lifeline, overrides = 0, {"control": options["--private"]}
-            if "listen" not in read_toml(path):
-                overrides["listen"] = ()
         level = "debug" if "-v" in options else "warning" if "-q" in options else "info"
-        return Supervisor(config, level, lifeline, overrides).run()
+        return Supervisor(config, level, private).run()
     except SupervisorError as error:
         print(*(error.errors or [f"supervisors: {error}"]), sep="\n", file=sys.stderr)
         return 1 if "health" in (verb, *arguments[:1]) else error.code if verb else 2
