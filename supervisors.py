@@ -180,7 +180,7 @@ class Init:
         self.rewrites: dict[int, int] = {}
         self.single, self.grace = False, GRACE
         words = iter(arguments)
-        for word in words:
+        for word, equals, value in (word.partition("=") for word in words):
             if word == "--":
                 self.command = list(words)
                 if not self.command:
@@ -194,7 +194,7 @@ class Init:
                     raise ValueError(f"{old} cannot be caught or rewritten")
                 self.rewrites[source] = 0 if new == "0" else signal_number(new)
             elif word == "--grace":
-                self.grace = float(next(words, ""))
+                self.grace = float(value if equals else next(words, ""))
                 if not self.grace >= 0:
                     raise ValueError(f"--grace: expected seconds, got {self.grace}")
             else:
@@ -1169,6 +1169,7 @@ REMEMBERED = 64 * 1024  # bytes of a piped program's output that stay in memory
 LAG = 1024 * 1024  # bytes that a follower may be behind
 ITEM = 64  # bytes that each costs besides its text
 FAREWELL = 1.0  # seconds that the last output has at the end
+LIMITED = threading.Lock()  # held while the limit of open files is that of programs
 
 
 class Feed(Generic[T]):
@@ -1233,6 +1234,7 @@ class Sink:
     """Where lines go. `put` writes a piece and returns its length, 0 to wait."""
 
     maxbytes = backups = 0
+    lowest = 0  # number that its descriptor may have
     complained = float("-inf")
     torn = False  # in the middle of a line, by a failure
     held = memoryview(b"")  # what it did not take yet; its sources are not read then
@@ -1283,7 +1285,7 @@ class FileSink(Sink):
         if self.fd >= 0 and not os.fstat(self.fd).st_nlink:
             self.reopen()
         if self.fd < 0:
-            self.fd = open_log(self.name, os.O_RDWR)
+            self.fd = move_up(open_log(self.name, os.O_RDWR), self.lowest)
         self.size = os.fstat(self.fd).st_size  # it may have been truncated
         self.line = min(self.line, self.size)
 
@@ -1309,6 +1311,20 @@ class FileSink(Sink):
         if self.fd >= 0:
             os.close(self.fd)
         self.fd, self.line = -1, sys.maxsize
+
+
+def move_up(fd: int, lowest: int) -> int:
+    """Return a duplicate of a descriptor from `lowest` on, or itself without room.
+
+    Popen needs one below the original limit, which a thousand log files would take.
+    """
+    try:
+        with LIMITED:
+            high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
+    except (OSError, OverflowError):
+        return fd
+    os.close(fd)
+    return high
 
 
 def open_log(path: str, access: int = os.O_WRONLY) -> int:
@@ -2582,12 +2598,7 @@ class Process:
             if not where.direct:  # the log thread opens the file again, and keeps it
                 read_fd, fd = os.pipe()
                 stack.callback(os.close, fd)
-                # Out of the way: Popen needs one below the original limit for itself.
-                with contextlib.suppress(OSError, OverflowError):  # nothing is above
-                    lowest = supervisor.few_files[0]
-                    high_fd = fcntl.fcntl(read_fd, fcntl.F_DUPFD_CLOEXEC, lowest)
-                    os.close(read_fd)
-                    read_fd = high_fd
+                read_fd = move_up(read_fd, supervisor.few_files[0])
                 os.set_blocking(read_fd, False)
                 add = functools.partial(self.add_source, read_fd, stream, where)
                 stack.callback(supervisor.log.post, add)
@@ -2606,6 +2617,7 @@ class Process:
             form = log_formatter(where.log_format, self.name, stream, prefix)
         sink = log.sinks.setdefault(where.target, FileSink(str(where.target)))
         sink.maxbytes, sink.backups = program.logfile_maxbytes, program.logfile_backups
+        sink.lowest = supervisor.few_files[0]
         shared = supervisor.sharers[where.target] > 1
         log.add(Source(fd, sink, self.output, stream, form, shared))
 
@@ -2639,23 +2651,26 @@ class Process:
         if report:
             argv = trampoline(program, argv, environ, switch, *report)
             switch = {}
-        supervisor.limit_files(supervisor.few_files)
-        try:
-            popen = subprocess.Popen(
-                argv,
-                stdin=supervisor.null_fd,
-                stdout=out,
-                stderr=err,
-                env=environ,
-                cwd=program.directory,
-                umask=-1 if program.umask is None else program.umask,
-                start_new_session=True,
-                close_fds=bool(report),  # all are close-on-exec; one by one costs more
-                pass_fds=report,
-                **switch,
-            )
-        finally:
-            supervisor.limit_files(supervisor.many_files)
+        with LIMITED:
+            supervisor.limit_files(supervisor.few_files)
+            try:
+                popen = subprocess.Popen(
+                    argv,
+                    stdin=supervisor.null_fd,
+                    stdout=out,
+                    stderr=err,
+                    env=environ,
+                    cwd=program.directory,
+                    umask=-1 if program.umask is None else program.umask,
+                    start_new_session=True,
+                    close_fds=bool(
+                        report
+                    ),  # all are close-on-exec; one by one costs more
+                    pass_fds=report,
+                    **switch,
+                )
+            finally:
+                supervisor.limit_files(supervisor.many_files)
         popen.returncode = 0  # it is reaped elsewhere; keep its destructor from waiting
         return popen.pid
 
@@ -2819,6 +2834,7 @@ class Supervisor:
         self.streams = [threading.Semaphore(most) for most in MOST_STREAMS]
         self.variables = {"SUPERVISOR_ENABLED": "1"}  # that every program gets
         self.ending = self.finished = False  # a shutdown has begun, and is over
+        self.busy = "ending what a killed supervisor left"  # why nothing may start
         self.sweep_at = 0.0  # when orphans are killed; 0 until they are told to end
         self.exit_code = 0
         self.cleanup = contextlib.ExitStack()
@@ -2828,6 +2844,8 @@ class Supervisor:
         with self.cleanup:
             self.open()
             self.end_leftovers()
+            if not self.ending:
+                self.busy = ""
             self.start(list(self.processes.values()))
             self.guard(self.conclude)
             while not self.finished:
@@ -3121,8 +3139,8 @@ class Supervisor:
         names = [one.program.name for one in targets]
         chosen = [self.processes[name] for name in names if name in self.processes]
         for process in chosen:
-            if self.ending and isinstance(order, (Start, Restart)):
-                raise SupervisorError("cannot start anything: shutting down")
+            if self.busy and isinstance(order, (Start, Restart)):
+                raise SupervisorError(f"cannot start anything: {self.busy}")
             if not isinstance(order, Signal):
                 process.apply(order)
             elif process.status.is_alive:
@@ -3201,8 +3219,8 @@ class Supervisor:
     def reload(self) -> dict[str, Any]:
         """Read the file anew and become what it says; raises ConfigError first."""
         old = self.config
-        if self.ending or not old.path:
-            raise SupervisorError("shutting down" if self.ending else "it has no file")
+        if self.busy or not old.path:
+            raise SupervisorError(self.busy or "it has no file")
         config = load_config(old.path, self.private)
         self.token = read_token(config, self.warn)
         self.config = config
@@ -3260,7 +3278,7 @@ class Supervisor:
         """Stop everything, dependents first, then return `code`."""
         if self.ending:
             return
-        self.ending, self.exit_code = True, code
+        self.ending, self.busy, self.exit_code = True, "shutting down", code
         self.say("", f"shutting down: {reason}")
         tell_manager("STOPPING=1")
         for process in list(self.processes.values()):

@@ -24,6 +24,7 @@ import termios
 import time
 import tomllib
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -2267,6 +2268,26 @@ def test_supervisor_logs_what_a_killed_program_left_in_its_pipe(
     eventually((tmp_path / "web.log").read_text, "bye\n")
 
 
+def test_more_log_files_than_the_limit_of_open_files_leave_room_for_restarts(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    run = supervise(
+        """
+        [programs.web]
+        command = ["sh", "-c", "echo up; exec sleep 1000"]
+        numprocs = 60
+        logfile = "web${PROCESS_NUM}.log"
+        autorestart = true
+        startsecs = 0
+        """,
+        prefix=("sh", "-c", 'ulimit -Sn 40; exec "$@"', "sh"),
+    )
+    logs = [tmp_path / f"web{number}.log" for number in range(60)]
+    eventually(lambda: all(log.exists() and lines(log) == ["up"] for log in logs))
+    os.kill(run.status("web:59")["pid"], signal.SIGKILL)
+    eventually(lambda: lines(logs[59]), ["up", "up"])
+
+
 # === HTTP =============================================================================
 #
 # Over `listen = "unix:h"`, which has the rights of TCP and needs no free port.
@@ -2663,6 +2684,23 @@ def test_restarting_a_program_leaves_its_dependents_alone(
     assert not is_alive(worker)
     up.open()
     eventually(lambda: run.status("worker")["pid"], lambda pid: pid is not None)
+
+
+@pytest.mark.parametrize(
+    ("first", "states"),
+    [("sleep 1000", {"RUNNING": 400}), ("/none", {"FATAL": 1, "WAITING": 399})],
+)
+def test_a_long_chain_of_dependencies_is_no_special_case(
+    supervise: Supervise, first: str, states: dict[str, int]
+) -> None:
+    links = [f'[programs.p0]\ncommand = "{first}"']
+    for number in range(1, 400):
+        links += [f'[programs.p{number}]\ndepends_on = ["p{number - 1}"]']
+        links += ['command = "sleep 1000"']
+    run = supervise("\n".join(["[defaults]", "startsecs = 0", *links]))
+    eventually(lambda: Counter(one["state"] for one in run.status_all()), states)
+    eventually(lambda: run.ask("/health")[1]["status"] != "starting")
+    assert run.end() == 0
 
 
 def test_depending_on_instances_waits_for_all_of_them(
@@ -5961,7 +5999,7 @@ def test_init_passes_every_signal_to_the_group(
 def test_init_with_c_passes_every_signal_to_the_command_alone(
     tmp_path: Path, start_init: StartInit
 ) -> None:
-    popen = start_init("-c", "--grace", "0.1", "--", *record(tmp_path))
+    popen = start_init("-c", "--grace=0.1", "--", *record(tmp_path))
     assert recorded(tmp_path, "leader") == recorded(tmp_path, "child") == []
     for number in sorted(CATCHABLE):
         popen.send_signal(number)
@@ -6529,6 +6567,32 @@ def test_the_next_start_ends_what_a_leftover_starts_in_its_last_moment(
     eventually(lambda: len(lines(tmp_path / "up")), 2)
     assert not is_alive(int(lines(tmp_path / "last")[0]))
     assert again.state("web") in ("STARTING", "RUNNING")
+
+
+def test_nothing_is_started_before_the_leftovers_are_gone(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    config = f"""
+        [programs.web]
+        stopwaitsecs = 1000
+        command = {python(SUCCESSOR, "stubborn")}
+    """
+    run = supervise(config)
+    left = int(eventually(lambda: lines(tmp_path / "pids"), len)[0])
+    run.end(signal.SIGKILL)
+    again = supervise(config)
+    again.wait_err("ending what a killed supervisor left: web")
+    status, answer = again.ask("/programs/web/start", "POST")
+    again.send(signal.SIGHUP)
+    again.wait_err("cannot reload: ending what a killed supervisor left")
+    assert status == 409
+    assert "ending what a killed supervisor left" in answer["error"]
+    assert again.state("web") == "STOPPED"
+    os.kill(left, signal.SIGKILL)
+    again.wait_state("web", "RUNNING")
+    again.send(signal.SIGTERM)
+    again.wait_err("shutting down")
+    assert again.end() == 0
 
 
 def test_the_next_start_does_not_touch_its_own_ancestors(
