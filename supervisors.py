@@ -3088,10 +3088,10 @@ class Supervisor:
     def add_programs(self) -> None:
         """Take in what the configuration names, in its order, without starting it."""
         programs, known = self.config.programs, self.processes
-        self.processes = {
-            name: known.get(name) or Process(self, programs[name])
-            for name in [*programs, *known]
-        }
+        for name in programs:
+            if name not in known:
+                known[name] = Process(self, programs[name])
+        self.processes = {name: known[name] for name in [*programs, *known]}
         self.snapshots = {name: one.snapshot for name, one in self.processes.items()}
         self.name_width = max(map(len, programs), default=0)
         self.dependents: defaultdict[str, list[Process]] = defaultdict(list)
@@ -3228,10 +3228,11 @@ class Supervisor:
         result = self.change_programs(old.programs)
         fixed = ("listen", "control", "pidfile")
         stuck = [key for key in fixed if getattr(old, key) != getattr(config, key)]
+        words = [f"{len(names)} {key}" for key, names in [*result.items()][:3]]
+        self.say("", f"reloaded: {', '.join(words)}, {result['unchanged']} unchanged")
         if stuck:
             result["needs_restart"] = stuck
-        words = [f"{key} {names}" for key, names in result.items()]
-        self.say("", f"reloaded: {', '.join(words)}", "warning" if stuck else "info")
+            self.warn(f"a changed {', '.join(stuck)} needs a restart")
         return result
 
     def change_programs(self, old: Mapping[str, Program]) -> dict[str, Any]:

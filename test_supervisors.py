@@ -2167,11 +2167,21 @@ def test_names_are_coloured_on_a_terminal_only(
     if plain:
         monkeypatch.setenv("NO_COLOR", "1")
     source, sink = pty.openpty()
-    run = supervise("[programs.web]\ncommand = 'echo hello'", stdout=sink)
+    run = supervise(
+        """
+        [programs.web]
+        command = "echo hello"
+        [programs.db]
+        command = "echo hello"
+        """,
+        stdout=sink,
+    )
     os.close(sink)
     run.wait_state("web", "EXITED")
+    run.wait_state("db", "EXITED")
     run.end()
-    assert (b"\x1b[" in drained(source)) == (not plain)
+    colours = re.findall(rb"\x1b\[(\d+)m(?:web|db) ", drained(source))
+    assert len({*colours}) == (0 if plain else 2)
 
 
 def test_full_disk_drops_counts_and_recovers(
