@@ -522,7 +522,7 @@ def to_rlimits(table: Table) -> dict[str, int]:
 def to_health(table: Table) -> Health:
     values, errors = read_table(declared(Health), table)
     if len({"http", "tcp", "command"} & table.keys()) != 1:
-        errors.append("http: expected one of http, tcp and command")
+        raise ConfigError([": expected one of http, tcp and command"])
     if errors:
         raise ConfigError(f".{line}" for line in errors)
     return Health(**values)
@@ -718,6 +718,9 @@ def parse_config(
             if name in tables:
                 errors.append(f"{file}: programs.{name}: defined twice")
             tables[name] = table
+    numbered = {**environ, "PROCESS_NUM": "0"}
+    wrong = read_table(declared(Program), defaults, numbered)[1]
+    errors += [f"defaults.{line}" for line in wrong]
     groups = {}
     for name, table in tables.items():
         groups[name] = [*read_program(name, table, defaults, environ, errors)]
@@ -1228,6 +1231,7 @@ class Feed(Generic[T]):
 
 class Output(Feed[tuple[str, bytes]]):  # of one program, by stream, if no file has it
     dropped = 0  # bytes that could not be written
+    log_format = "prefix"  # of the terminal, in this run
 
 
 class Sink:
@@ -1275,9 +1279,10 @@ class FileSink(Sink):
                 self.rotate()
                 fits = bytes(data).find(b"\n") + 1 or len(data)
         count = os.write(self.fd, data[:fits])
-        # To copy all would cost too much; then it stays where an earlier line begins.
-        if whole := bytes(data[:count][-PIPE:]).rfind(b"\n") + 1:
-            self.line = self.size + max(count - PIPE, 0) + whole
+        for start in range((count - 1) // PIPE * PIPE, -1, -PIPE):
+            if whole := bytes(data[start : min(start + PIPE, count)]).rfind(b"\n") + 1:
+                self.line = self.size + start + whole
+                break
         return count
 
     def check(self) -> None:
@@ -1286,6 +1291,7 @@ class FileSink(Sink):
             self.reopen()
         if self.fd < 0:
             self.fd = move_up(open_log(self.name, os.O_RDWR), self.lowest)
+            self.line = next(line_starts(self.fd, os.fstat(self.fd).st_size))
         self.size = os.fstat(self.fd).st_size  # it may have been truncated
         self.line = min(self.line, self.size)
 
@@ -1350,7 +1356,8 @@ class TerminalSink(Sink):
         self.takes = select.PIPE_BUF  # when poll(2) calls it writable
         with contextlib.suppress(OSError):
             if not stat.S_ISREG(os.fstat(fd).st_mode):  # its position is shared, too
-                path = os.ttyname(fd) if os.isatty(fd) else f"/proc/self/fd/{fd}"
+                path = f"/proc/self/fd/{fd}"
+                path = path if os.path.exists(path) else os.ttyname(fd)
                 self.fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
             self.takes = BUFFER
         self.poll = select.poll()
@@ -1386,6 +1393,8 @@ class LogThread:
         self.buffer = memoryview(bytearray(BUFFER))
         self.moved = 0  # bytes in this pass
         self.sinks: dict[int | str, Sink] = {1: TerminalSink(1), 2: TerminalSink(2)}
+        if os.path.sameopenfile(1, 2):
+            self.sinks[1] = self.sinks[2]
         self.sources: dict[Source, bytes] = {}  # with what a next line begins with
         self.closing = float("inf")
         self.thread = threading.Thread(target=self.run, name="log", daemon=True)
@@ -1538,7 +1547,7 @@ class LogThread:
 
 RUN_VARIABLE = "SUPERVISOR_RUN"  # HASH.PID.START of the supervisor, for leftovers
 OWN_VARIABLES = {"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"}  # ours, of systemd
-OWN_VARIABLES |= {"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"}
+OWN_VARIABLES |= {"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "SUPERVISOR_SERVER_URL"}
 # Of ours, however high the hard limit is; more is an error on macOS (setrlimit(2)).
 MOST_FILES = 65536 if sys.platform == "linux" else 10240
 # KEY=VALUE, which quotes may stretch over lines; a comment; or, last, a wrong line.
@@ -1564,7 +1573,7 @@ try:
         exec(step)
 except FileNotFoundError:
     code, report = 127, "no such command: %r" % argv[0]
-except (OSError, ValueError) as error:
+except (OSError, ValueError, OverflowError) as error:
     reason = getattr(error, "strerror", None) or error
     code, report = 126, "cannot %s: %s" % (step, reason)
 write(fd, report.encode(errors="replace"))
@@ -1603,11 +1612,14 @@ def find_account(program: Program) -> tuple[Variables, dict[str, Any]]:
 
 
 def read_env_files(program: Program) -> Variables:
-    """Return the variables of its `env_file`s; raises OSError and ValueError."""
+    """Return the variables of its `env_file`s; raises ValueError."""
     variables, escapes = dict[str, str](), {"n": "\n", "t": "\t", "r": "\r"}
     for path in program.env_file:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            text = file.read()
+        try:
+            with open(path, encoding="utf-8", errors="surrogateescape") as file:
+                text = file.read()
+        except OSError as error:
+            raise ValueError(f"cannot read {path!r}: {error.strerror}") from None
         for match in ENV_ENTRY.finditer(text):
             name, double, single, bare, wrong = match.groups("")
             if wrong:
@@ -1762,8 +1774,8 @@ MOST_EVENTS = 1000  # that a client may be behind
 LOOK_INTERVAL = 1.0  # seconds between two looks whether a follower is still there
 COMMENT_LOOKS = 15  # looks without news, until /events gives a sign of life
 FILE_INTERVAL = 0.05  # seconds between two looks at a log file that is followed
-# Method, target without the host that a proxy's has, minor version.
-REQUEST_LINE = re.compile(r"(\S+) (?:http://[^/\s]*)?(/[!-~]*) HTTP/1\.(\d)\r?\n")
+# Method, the host that a proxy's request has, path and query, minor version.
+REQUEST_LINE = re.compile(r"(\S+) (?:http://([^/\s]*))?(/[!-~]*) HTTP/1\.(\d)\r?\n")
 FIELD = re.compile(r"([^\s:]+):([^\r\0]*)\r?")
 ENDED = (State.BACKOFF, State.EXITED, State.FATAL, State.STOPPED)
 POLICY = (
@@ -2116,8 +2128,8 @@ def get_logs(supervisor: Supervisor, request: Request) -> Response:
     name, stream = program.name, request.query.get("stream", "")
     if stream not in ("", "stdout", "stderr"):
         raise HttpError(400, f"stream: expected stdout or stderr, got {stream!r}")
-    terminal = supervisor.config.log_format
-    out, err = (route(program, one, terminal) for one in ("stdout", "stderr"))
+    form = output.log_format
+    out, err = (route(program, one, form) for one in ("stdout", "stderr"))
     target, _, direct = err if stream == "stderr" else out
     if isinstance(target, str) and target != NOWHERE:
         if stream and out.target == err.target:
@@ -2340,7 +2352,7 @@ class Conversation:
         fields: dict[str, str] = {}
         for text in head.split("\n")[1:-2]:
             field = FIELD.fullmatch(text)
-            if not field:
+            if not field or (field[1].title() == "Host" and "Host" in fields):
                 raise HttpError(400, "malformed headers")
             key, value = field[1].title(), field[2].strip(" \t")
             # What comes twice is a list (RFC 9110, 5.3), which a length cannot be.
@@ -2351,9 +2363,10 @@ class Conversation:
         if len(length) > 9 or int(length) > MOST_BYTES:
             raise HttpError(413, f"expected a body of at most {MOST_BYTES} bytes")
         ends = int(length) > 0 or "Transfer-Encoding" in fields
-        kept = fields.get("Connection", "close" if line[3] == "0" else "keep-alive")
+        kept = fields.get("Connection", "close" if line[4] == "0" else "keep-alive")
         self.lasts = not ends and kept.lower() == "keep-alive"
-        return line[1], line[2], fields
+        fields["Host"] = line[2] or fields.get("Host", "")
+        return line[1], line[3], fields
 
     def send(self, response: Response) -> None:
         from http import HTTPStatus
@@ -2432,8 +2445,6 @@ def bind(address: Address, private: bool = False) -> socket.socket:
     A private one has mode 0600 from its first moment: the umask sees to that, no chmod.
     """
     path, host, port = address
-    if host == "::" and not socket.has_dualstack_ipv6():
-        host = "0.0.0.0"
     if path and os.path.lexists(path):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise FileExistsError(errno.EEXIST, "it exists and is no socket", path)
@@ -2572,7 +2583,7 @@ class Process:
                     stack.callback(os.close, write_fd)
                     fds.append(write_fd)
                 self.group = self.spawn(program.argv, *fds)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, subprocess.SubprocessError) as error:
                 reason, code = why_not(program, program.argv, error)
                 return SpawnFailed(f"cannot start {self.name}: {reason}", code)
         self.supervisor.children[self.group] = lambda code: self.ended(report, code)
@@ -2582,7 +2593,7 @@ class Process:
     def open_streams(self, stack: contextlib.ExitStack) -> list[int]:
         """Return standard output and error; `stack` closes them, and has pipes read."""
         supervisor, fds = self.supervisor, list[int]()
-        log_format = supervisor.config.log_format
+        self.output.log_format = log_format = supervisor.config.log_format
         routes = [route(self.program, stream, log_format) for stream in STREAMS]
         for stream, where in zip(STREAMS, routes):
             if fds and where == routes[0] and where.log_format != "json":
@@ -2715,7 +2726,7 @@ class Process:
         try:
             self.check_pid = self.spawn(check.command, fd, fd)
             supervisor.children[self.check_pid] = ended
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
             take(why_not(self.program, check.command, error)[0])
 
     def take_result(self, began: float, detail: str) -> None:
@@ -2742,7 +2753,8 @@ class Process:
         """Make the status known: to HTTP threads, the log, and who depends on it."""
         old, status, supervisor = self.snapshot, self.status, self.supervisor
         before = old.status
-        if status._replace(deadline=None) == before._replace(deadline=None):
+        moved = status._replace(deadline=None) != before._replace(deadline=None)
+        if not moved and self.program is old.program:
             return  # as at each WATCHDOG=1
         new_run = status.pid not in (None, before.pid)
         new_state = status.state is not before.state
@@ -2767,7 +2779,8 @@ class Process:
                 words.append(f"restart in {seconds:.2g} s")
             level = "warning" if backoff or has_failed(status) else "info"
             supervisor.say(self.name, ", ".join(filter(None, words)), level)
-        supervisor.changes.append((self, status))
+        final = new_state and status.state in (State.EXITED, State.FATAL)
+        supervisor.changes.append((self, status if final else None))
 
     def block(self) -> None:
         """Learn anew what it is, unless it runs, and what it has to wait for."""
@@ -2775,16 +2788,18 @@ class Process:
             self.program = self.definition
         known, needs = self.supervisor.snapshots, self.definition.needs
         event = blocked_by({name: known[name][:2] for name in needs if name in known})
-        if event != (self.status.blocked, self.status.blocked_as):
+        known_event = (self.status.blocked, self.status.blocked_as)
+        if event != known_event or self.program is not self.snapshot.program:
             self.apply(event)
 
     def differs(self) -> bool:
         """Return whether it is defined otherwise, env_files included, than it runs."""
-        new = self.definition._replace(needs=self.program.needs)
-        with contextlib.suppress(OSError, ValueError):
-            kept = self.group == 0 or read_env_files(new) == self.env_files
-            return not kept or new != self.program
-        return True
+        new, env_files = self.definition, self.env_files
+        if self.group:
+            with contextlib.suppress(ValueError):  # no reason to end what runs
+                env_files = read_env_files(new)
+        same = new._replace(needs=self.program.needs) == self.program
+        return not same or env_files != self.env_files
 
     def renew(self) -> None:
         """Become what is defined now, with a new run if it was to be running."""
@@ -2826,7 +2841,7 @@ class Supervisor:
         self.children: dict[int, Callable[[int], None]] = {}  # what to do at their end
         self.deadlines: dict[Callable[[], object], float] = {}
         self.calls: deque[Callable[[], object]] = deque()
-        self.changes: deque[tuple[Process, Status]] = deque()  # not yet reacted to
+        self.changes: deque[tuple[Process, Status | None]] = deque()  # see `spread`
         self.leaderless: dict[int, Process] = {}  # by the group that lives on
         self.answering: set[Conversation] = set()  # that are about to send
         self.told_manager = ""
@@ -2851,6 +2866,8 @@ class Supervisor:
             while not self.finished:
                 self.turn(LONGEST_SLEEP)
                 self.guard(self.conclude)
+            while self.calls:  # that came too late for a turn
+                self.guard(self.calls.popleft())
         return self.exit_code
 
     def turn(self, longest: float) -> None:
@@ -3091,6 +3108,7 @@ class Supervisor:
         for name in programs:
             if name not in known:
                 known[name] = Process(self, programs[name])
+                self.events.append(known[name].snapshot)
         self.processes = {name: known[name] for name in [*programs, *known]}
         self.snapshots = {name: one.snapshot for name, one in self.processes.items()}
         self.name_width = max(map(len, programs), default=0)
@@ -3117,30 +3135,34 @@ class Supervisor:
         while self.changes:
             self.guard(self.spread, *self.changes.popleft())
 
-    def spread(self, process: Process, status: Status) -> None:
-        """Do what the change of one program means to the others."""
-        program, name = process.program, process.name
+    def spread(self, process: Process, end: Status | None) -> None:
+        """Do what the change of one program, or its final end, means to the others."""
+        name = process.name
         for dependent in self.dependents[name]:
             dependent.block()
-        if status.is_alive:
-            return
-        if name in self.processes and name not in self.config.programs:
-            del self.processes[name]
-            del self.snapshots[name]
-            self.events.append(name)
-            process.output.close()
-        wish = program.on_failure if has_failed(status) else program.on_success
-        if wish == "shutdown" and status.state in (State.EXITED, State.FATAL):
-            code = last_code(status) or int(has_failed(status))
-            self.begin_shutdown(code, f"{name} has ended")
+        if not process.status.is_alive:
+            process.block()  # it may be defined otherwise by now
+            if name in self.processes and name not in self.config.programs:
+                del self.processes[name]
+                del self.snapshots[name]
+                self.events.append(name)
+                # Its last lines may still be in the pipe.
+                self.at(time.monotonic() + FAREWELL, process.output.close)
+        if end:
+            program, failed = process.program, has_failed(end)
+            wish = program.on_failure if failed else program.on_success
+            if wish == "shutdown":
+                self.begin_shutdown(last_code(end) or int(failed), f"{name} has ended")
 
     def order(self, order: Order, targets: Iterable[Snapshot]) -> list[Process]:
         """Do what somebody wants of those programs that are still there."""
         names = [one.program.name for one in targets]
         chosen = [self.processes[name] for name in names if name in self.processes]
         for process in chosen:
-            if self.busy and isinstance(order, (Start, Restart)):
-                raise SupervisorError(f"cannot start anything: {self.busy}")
+            if isinstance(order, (Start, Restart)):
+                gone = "" if process.name in self.config.programs else "it was removed"
+                if reason := self.busy or gone:
+                    raise SupervisorError(f"cannot start {process.name}: {reason}")
             if not isinstance(order, Signal):
                 process.apply(order)
             elif process.status.is_alive:
@@ -3241,12 +3263,13 @@ class Supervisor:
         added = [name for name in programs if name not in old]
         removed = [name for name in known if name not in programs]
         changed = [one for one in programs if one in old and known[one].differs()]
+        waited = {one for one in changed if known[one].status.state is State.WAITING}
         self.add_programs()
         for name in removed:
             known[name].apply(Stop())  # which changes nothing where it was stopped
-            self.changes.append((known[name], known[name].status))
+            self.changes.append((known[name], None))
         for name in changed:
-            if not self.ending:
+            if name not in waited and not self.ending:
                 known[name].renew()
         self.start(self.processes[name] for name in added)
         result = {"added": added, "changed": changed, "removed": removed}
@@ -3311,7 +3334,11 @@ class Supervisor:
         if not self.ending and (watched or finite):
             programs = self.processes.items()
             found = {name: verdict(one.program, one.status) for name, one in programs}
-            missing = [name for name, word in found.items() if word not in ("", "ok")]
+            missing = [
+                name
+                for name, one in programs
+                if found[name] and not is_ready(one.program, one.status)
+            ]
             failed = [name for name in missing if found[name] == "failed"]
             waiting = f"STATUS=waiting for {', '.join(missing)}"
             text = waiting if missing else "READY=1\nSTATUS=ready"
@@ -3331,12 +3358,15 @@ class Supervisor:
         have been gone for a while.
         """
         now, alive = time.monotonic(), self.alive()
-        needed = {name for one in alive for name in one.program.needs}
+        needs = [name for one in alive for name in one.definition.needs]
+        for name in needs:  # grows: what is between two may have ended
+            if name in self.processes:
+                needs += {*self.processes[name].definition.needs}.difference(needs)
         running = [one for one in alive if one.status.state is not State.STOPPING]
         for process in running:
-            if process.name not in needed:
+            if process.name not in needs:
                 process.apply(Stop())
-        if needed.intersection(one.name for one in running):
+        if any(one.name in needs for one in running):
             return  # there is another level
         if alive and self.sweep_at:
             return  # the orphans have been told already
@@ -3350,7 +3380,8 @@ class Supervisor:
             for number in signals:
                 send(pid, number)
         if not alive:
-            self.finished = not orphans or now >= self.sweep_at + SWEEP
+            left = orphans or self.children  # health checks, these
+            self.finished = not left or now >= self.sweep_at + SWEEP
             self.at(now + TICK, self.reap)
 
     def keep_alive(self) -> None:
@@ -3473,9 +3504,12 @@ def running(config: str | os.PathLike[str] | Mapping[str, Any]) -> Iterator[Clie
         path = f"{folder}/supervisors.toml"
         if isinstance(config, Mapping):
             # JSON with `=` in the place of `:` is TOML, whose tables are inline.
-            encode = json.JSONEncoder(ensure_ascii=False, separators=(",", "=")).encode
+            encoder = json.JSONEncoder(
+                ensure_ascii=False, separators=(",", "="), default=dict
+            )
             with open(path, "w", encoding="utf-8") as file:
-                file.writelines(f"{key}={encode(config[key])}\n" for key in config)
+                lines = (f"{key}={encoder.encode(config[key])}\n" for key in config)
+                file.writelines(lines)
         else:
             path = os.fspath(config)
         argv = [sys.executable, os.path.abspath(__file__), "-c", path]
@@ -3579,7 +3613,7 @@ def do_logs(client: Client, options: Mapping[str, str], names: str) -> int:
             output.writelines(prefix + one.removesuffix(end) + end for one in answer)
 
         try:
-            client.ask(request, name, None, show)
+            client.ask(request, name, None if follow else 30.0, show)
         except SupervisorError as error:
             if error.code != 4:  # else it is gone, or nobody reads on
                 failed.add(name)
@@ -3644,6 +3678,8 @@ def parse_arguments(arguments: list[str]) -> tuple[str, list[str], dict[str, str
             raise ValueError(f"too {'few' if len(words) < least else 'many'} words")
         server = "" if "-c" in given else os.environ.get("SUPERVISOR_SERVER_URL", "")
         options = {"-c": DEFAULT_FILE, "-s": server, "-t": "60", "-n": "100", **given}
+        if options["-s"]:
+            parse_address(options["-s"])
         if verb == "signal":
             signal_number(words[0])
         if not 0 <= float(options["-t"]) <= MOST_WAIT or int(options["-n"]) < 0:
@@ -3676,7 +3712,7 @@ def main(arguments: list[str]) -> int:
         return Supervisor(config, level, private).run()
     except SupervisorError as error:
         print(*(error.errors or [f"supervisors: {error}"]), sep="\n", file=sys.stderr)
-        return 1 if "health" in (verb, *arguments[:1]) else error.code if verb else 2
+        return 1 if "health" in (verb, *arguments) else error.code if verb else 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
