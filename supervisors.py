@@ -361,8 +361,6 @@ T = typing.TypeVar("T")
 # mistake. Values are immutable and compare by value: a reload compares with `!=`.
 
 VARIABLE = re.compile(r"\$(\$\{)|\$\{(?:([A-Za-z_]\w*)(?::-([^}]*))?\})?")
-NOWHERE = "/dev/null"
-TERMINALS = {"/dev/stdout": 1, "/dev/stderr": 2}  # by descriptor, never opened by path
 PLACE = "HOST:PORT with a number for HOST, [V6]:PORT, :PORT or unix:PATH"
 
 Table = Mapping[str, Any]
@@ -681,13 +679,12 @@ def resolve(groups: dict[str, list[Program]], errors: list[str]) -> dict[str, Pr
     programs = {one.name: one for group in groups.values() for one in group}
     members = {name: [one] for name, one in programs.items()} | groups
     for name, program in programs.items():
-        needs: dict[str, None] = {}  # each once, in order
         for key in program.depends_on:
             if key not in members:
                 where = f"programs.{program.group}.depends_on"
                 errors.append(f"{where}: no program {key!r}{hint(key, members)}")
-            needs |= dict.fromkeys(one.name for one in members.get(key, ()))
-        programs[name] = program._replace(needs=tuple(needs))
+        found = [one.name for key in program.depends_on for one in members.get(key, ())]
+        programs[name] = program._replace(needs=tuple(dict.fromkeys(found)))
     graph = {name: program.needs for name, program in programs.items()}
     if any(graph.values()):
         import graphlib  # only where there is an order
@@ -772,9 +769,7 @@ def load_config(path: str = "supervisors.toml", private: str = "") -> Config:
 # runs twice. Until then it is STOPPING; `after` says what comes next: the last order.
 
 
-class State(enum.Enum):
-    """supervisord's states, and WAITING: for what it depends on."""
-
+class State(enum.Enum):  # supervisord's, and WAITING: for what it depends on
     STOPPED, WAITING, STARTING = "STOPPED", "WAITING", "STARTING"
     RUNNING, BACKOFF, STOPPING = "RUNNING", "BACKOFF", "STOPPING"
     EXITED, FATAL = "EXITED", "FATAL"
@@ -783,7 +778,6 @@ class State(enum.Enum):
 # What STOPPING leads to: it was asked to stop, or to start again; its leader ended
 # unasked; or it was found to have failed, alive.
 After = enum.Enum("After", "STOP START JUDGE FAIL")
-BEGUN = (State.WAITING, State.STARTING, State.RUNNING)
 AWAITS_READY = "waiting for READY=1"
 KILL_AGAIN = 1.0  # seconds between SIGKILLs to a group that does not end
 
@@ -797,7 +791,7 @@ class Status(NamedTuple):
     deadline: float | None = None  # when Due is due
     after: After = After.STOP
     ran: float = -1.0  # seconds that the last run lasted; negative if none began
-    notified: bool = False  # it has said READY=1 in this run
+    announced: bool = False  # READY=1 was said in this run, or need not be
     failures: int = 0  # in a row
     restarts: int = 0  # automatic ones
     exit_code: int | None = None
@@ -873,23 +867,24 @@ def step(program: Program, now: float, status: Status, event: Event) -> Step:
         Checked     =       =       =|STOPPING =|STOPPING =     =        =       =
     """
     state = status.state
-    if isinstance(event, Start) and state in BEGUN:
-        return status, ()
     if isinstance(event, (Start, Stop, Restart)):
         after = After.STOP if isinstance(event, Stop) else After.START
         if state is State.STOPPING:  # the last order wins
             return status._replace(after=after), ()
+        if isinstance(event, Start) and (status.is_alive or state is State.WAITING):
+            return status, ()
         proceed = halt if status.is_alive else judge
         return proceed(program, now, status._replace(after=after, reason=""))
     if isinstance(event, Due):
         return due(program, now, status)
     if isinstance(event, Spawned):
         assert state is State.STARTING
-        reason = AWAITS_READY if program.type == "notify" else ""
-        deadlines = {"oneshot": now, "notify": None}
-        deadline = deadlines.get(program.type, now + program.startsecs)
-        status = status._replace(pid=event.pid, started=now, reason=reason)
-        return due(program, now, status._replace(deadline=deadline))
+        status = status._replace(pid=event.pid, started=now)
+        if program.type == "notify":
+            return status._replace(reason=AWAITS_READY), ()
+        startsecs = 0.0 if program.type == "oneshot" else program.startsecs
+        status = status._replace(announced=True, deadline=now + startsecs)
+        return due(program, now, status)
     if isinstance(event, SpawnFailed):
         assert state is State.STARTING
         status = status._replace(after=After.JUDGE, reason=event.reason)
@@ -904,9 +899,9 @@ def step(program: Program, now: float, status: Status, event: Event) -> Step:
         status = status._replace(blocked=event.reason, blocked_as=event.cause)
         return begin(status) if state is State.WAITING else (status, ())
     if isinstance(event, (Ready, Alive)):
-        announced = isinstance(event, Ready) and program.type == "notify"
-        if announced and state is State.STARTING:
-            status = status._replace(state=State.RUNNING, notified=True, reason="")
+        awaited = program.type == "notify" and state is State.STARTING
+        if awaited and isinstance(event, Ready):
+            status = status._replace(state=State.RUNNING, announced=True, reason="")
         if status.state is State.RUNNING and program.watchdog_secs is not None:
             status = status._replace(deadline=now + program.watchdog_secs)
         return status, ()
@@ -922,14 +917,13 @@ def begin(status: Status, automatic: bool = False) -> Step:
     state = State.WAITING if status.blocked else State.STARTING
     restarts = status.restarts + automatic
     status = status._replace(state=state, deadline=None, restarts=restarts)
-    status = status._replace(notified=False, status_text="", checks_failed=0)
+    status = status._replace(announced=False, status_text="", checks_failed=0)
     return status._replace(reason=status.blocked), () if status.blocked else (Spawn(),)
 
 
 def halt(program: Program, now: float, status: Status) -> Step:
     """Ask a run to end; its status says already why, and what comes after."""
-    deadline = now + program.stopwaitsecs
-    status = status._replace(state=State.STOPPING, deadline=deadline)
+    status = status._replace(state=State.STOPPING, deadline=now + program.stopwaitsecs)
     return status, (Signal(program.stopsignal),)
 
 
@@ -985,15 +979,13 @@ def judge(program: Program, now: float, status: Status) -> Step:
     if program.autorestart is False or (expected and program.autorestart is not True):
         state = State.EXITED if executed else State.FATAL
         return status._replace(state=state, succeeded=expected), ()
-    announced = program.type != "notify" or status.notified
-    stayed_up = announced and status.ran >= program.startsecs
-    if expected and stayed_up:
-        return begin(status._replace(failures=0), automatic=True)
-    failures = 1 + (status.failures if status.ran < program.backoff_limit else 0)
+    stayed_up = status.announced and status.ran >= program.startsecs
+    earlier = status.failures if status.ran < program.backoff_limit else 0
+    failures = 0 if expected and stayed_up else earlier + 1
     status = status._replace(failures=failures)
     if program.startretries is not None and failures > program.startretries:
         return status._replace(state=State.FATAL, succeeded=False), ()
-    if failures == 1 and stayed_up:
+    if stayed_up and failures <= 1:
         return begin(status, automatic=True)
     doublings = min(failures - 1, 60)  # 2**60 seconds is beyond every limit
     wait = min(program.backoff_delay * 2.0**doublings, program.backoff_limit)
@@ -1007,9 +999,7 @@ def checked(program: Program, now: float, status: Status, event: Checked) -> Ste
     if check is None or status.state not in (State.STARTING, State.RUNNING):
         return status, ()
     if event.passed:
-        reason = (
-            AWAITS_READY if program.type == "notify" and not status.notified else ""
-        )
+        reason = "" if status.announced else AWAITS_READY
         return status._replace(healthy=True, checks_failed=0, reason=reason), ()
     # As in Compose, the start period ends with the first check that passes.
     if status.healthy is None and now < status.started + check.start_period:
@@ -1045,14 +1035,11 @@ def has_failed(status: Status) -> bool:
 
 
 def verdict(program: Program, status: Status) -> str:
-    """Return "ok", "starting", "failing", or "failed" for good.
-
-    "" if it does not count: it was stopped on purpose or has ended as it should.
-    """
+    """Return "ok", "starting", "failing", "failed" for good; "" if not counted."""
     state = status.state
     if has_failed(status):
         return "failed"
-    if state in (State.STOPPED, State.EXITED):
+    if state in (State.STOPPED, State.EXITED):  # on purpose, or as it should
         return ""
     if state is State.STOPPING:
         return {After.STOP: "", After.FAIL: "failing"}.get(status.after, "starting")
@@ -1139,20 +1126,19 @@ def log_formatter(log_format: str, name: str, stream: str, prefix: str) -> Forma
 
 
 class Route(NamedTuple):  # where a stream goes
-    target: int | str  # descriptor 1 or 2, or a file
+    target: int | str  # descriptor 1 or 2, never opened by path; or a file
     log_format: str
     direct: bool  # the program gets the descriptor itself
 
 
 def route(program: Program, stream: str, log_format: str) -> Route:
     """Return where "stdout" or "stderr" goes; `log_format` is that for terminals."""
-    path = (program.stderr_logfile if stream == "stderr" else "") or program.logfile
-    target: int | str = 1 if stream == "stdout" else 2
-    if path:
-        target = TERMINALS.get(path) or os.path.abspath(path)
+    own = program.stderr_logfile if stream == "stderr" else None
+    path = own or program.logfile or f"/dev/{stream}"
+    target = {"/dev/stdout": 1, "/dev/stderr": 2}.get(path) or os.path.abspath(path)
     unlimited = isinstance(target, int) or program.logfile_maxbytes == 0
     chosen = program.log_format or (log_format if isinstance(target, int) else "raw")
-    return Route(target, chosen, path == NOWHERE or (chosen == "raw" and unlimited))
+    return Route(target, chosen, path == os.devnull or (chosen == "raw" and unlimited))
 
 
 # === 5. Log files =====================================================================
@@ -1167,9 +1153,8 @@ PIPE = 64 * 1024  # bytes that a pipe holds as it comes (pipe(7))
 NAP = 0.001  # seconds
 LITTLE = 256 * 1024  # bytes moved in a pass, below which a nap is worth it
 SAY_AGAIN = 60.0  # seconds between two complaints about one file
-HELD = 1024 * 1024  # bytes that wait for a terminal that nobody reads; then they drop
 REMEMBERED = 64 * 1024  # bytes of a piped program's output that stay in memory
-LAG = 1024 * 1024  # bytes that a follower may be behind
+LAG = 1024 * 1024  # bytes that a follower, or a terminal nobody reads, may be behind
 ITEM = 64  # bytes that each costs besides its text
 FAREWELL = 1.0  # seconds that the last output has at the end
 LIMITED = threading.Lock()  # held while the limit of open files is that of programs
@@ -1185,8 +1170,9 @@ class Feed(Generic[T]):
     def __init__(self, limit: int, lag: int) -> None:
         self.limit, self.lag = limit, lag
         self.items: deque[tuple[int, T]] = deque()
-        self.size = self.followers = 0
+        self.size = 0
         self.end = 0  # the number of the next item
+        self.followers: set[object] = set()  # something that stands for each
         self.closed = False
         self.changed = threading.Condition()
 
@@ -1218,43 +1204,16 @@ class Feed(Generic[T]):
             self.closed = True
             self.changed.notify_all()
 
-    @contextlib.contextmanager
-    def followed(self) -> Iterator[None]:
-        with self.changed:
-            self.followers += 1
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.followers -= 1
-
 
 class Output(Feed[tuple[str, bytes]]):  # of one program, by stream, if no file has it
     dropped = 0  # bytes that could not be written
     log_format = "prefix"  # of the terminal, in this run
 
 
-class Sink:
-    """Where lines go. `put` writes a piece and returns its length, 0 to wait."""
-
-    maxbytes = backups = 0
-    lowest = 0  # number that its descriptor may have
-    complained = float("-inf")
-    torn = False  # in the middle of a line, by a failure
-    held = memoryview(b"")  # what it did not take yet; its sources are not read then
-    put: Callable[[memoryview], int]
-
-    def __init__(self, name: str, fd: int = -1) -> None:
-        self.name, self.fd = name, fd
-
-    def reopen(self) -> None:
-        """Let go of the file; the next write opens it anew."""
-
-
-def line_starts(fd: int, end: int, least: int = 0) -> Iterator[int]:
-    """Yield where lines of a file begin, back from `end` to `least`; at last 0."""
-    while end > least:
-        start = max(end - PIPE, least)
+def line_starts(fd: int, end: int) -> Iterator[int]:
+    """Yield where lines of a file begin, back from `end`; at last 0."""
+    while end > 0:
+        start = max(end - PIPE, 0)
         chunk = os.pread(fd, end - start, start)
         at = len(chunk)
         while (at := chunk.rfind(b"\n", 0, at)) >= 0:
@@ -1263,13 +1222,41 @@ def line_starts(fd: int, end: int, least: int = 0) -> Iterator[int]:
     yield 0
 
 
-class FileSink(Sink):
+def move_up(fd: int, lowest: int) -> int:
+    """Return a duplicate of a descriptor from `lowest` on, or itself without room."""
+    # Popen needs one below the original limit, which a thousand log files would take.
+    try:
+        with LIMITED:
+            high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
+    except (OSError, OverflowError):
+        return fd
+    os.close(fd)
+    return high
+
+
+def open_log(path: str, access: int = os.O_WRONLY) -> int:
+    """Open a log file to append, and make its folders."""
+    with contextlib.suppress(FileExistsError):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    # Without O_NONBLOCK the open of a FIFO that nobody reads would hang.
+    flags = os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    return os.open(path, access | flags, 0o666)
+
+
+class Sink:
     """A log file, rotated at `maxbytes` on a line boundary; 0 never rotates."""
 
-    size = 0  # stays 0 for what is no regular file: that is not rotated
+    maxbytes = backups = 0
     line = sys.maxsize  # where the unfinished line begins; not behind the end
+    complained = float("-inf")
+    torn = False  # in the middle of a line, by a failure
+    held = memoryview(b"")  # what it did not take yet; its sources are not read then
+
+    def __init__(self, name: str, lowest: int) -> None:
+        self.name, self.lowest, self.fd = name, lowest, -1
 
     def put(self, data: memoryview) -> int:
+        """Write a piece; return its length, 0 to wait."""
         self.check()
         fits = len(data)
         if 0 < self.maxbytes < self.size + fits:
@@ -1292,7 +1279,7 @@ class FileSink(Sink):
         if self.fd < 0:
             self.fd = move_up(open_log(self.name, os.O_RDWR), self.lowest)
             self.line = next(line_starts(self.fd, os.fstat(self.fd).st_size))
-        self.size = os.fstat(self.fd).st_size  # it may have been truncated
+        self.size = os.fstat(self.fd).st_size  # may shrink; 0 for no regular file
         self.line = min(self.line, self.size)
 
     def rotate(self) -> None:
@@ -1314,45 +1301,19 @@ class FileSink(Sink):
         self.size += os.write(self.fd, line)
 
     def reopen(self) -> None:
+        """Let go of the file; the next write opens it anew."""
         if self.fd >= 0:
             os.close(self.fd)
         self.fd, self.line = -1, sys.maxsize
 
 
-def move_up(fd: int, lowest: int) -> int:
-    """Return a duplicate of a descriptor from `lowest` on, or itself without room.
-
-    Popen needs one below the original limit, which a thousand log files would take.
-    """
-    try:
-        with LIMITED:
-            high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
-    except (OSError, OverflowError):
-        return fd
-    os.close(fd)
-    return high
-
-
-def open_log(path: str, access: int = os.O_WRONLY) -> int:
-    """Open a log file to append, and make its folders.
-
-    Without O_NONBLOCK the open of a FIFO that nobody reads would hang.
-    """
-    with contextlib.suppress(FileExistsError):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-    flags = os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-    return os.open(path, access | flags, 0o666)
-
-
 class TerminalSink(Sink):
-    """Standard output or error, which may be a terminal or a pipe that nobody reads.
-
-    The shell's description of it must stay blocking, one of our own need not. Where
-    none is to be had, as of a socket, only what it certainly takes is written.
-    """
+    """Standard output or error, which may be a terminal or a pipe that nobody reads."""
 
     def __init__(self, fd: int) -> None:
-        super().__init__(f"descriptor {fd}", fd)
+        self.name, self.fd = f"descriptor {fd}", fd
+        # The shell's description of it must stay blocking, one of our own need not.
+        # Without one, as of a socket, only what it certainly takes is written.
         self.takes = select.PIPE_BUF  # when poll(2) calls it writable
         with contextlib.suppress(OSError):
             if not stat.S_ISREG(os.fstat(fd).st_mode):  # its position is shared, too
@@ -1368,6 +1329,9 @@ class TerminalSink(Sink):
         with contextlib.suppress(BlockingIOError):
             return os.write(self.fd, data[:room])
         return 0
+
+    def reopen(self) -> None:
+        """Keep the descriptor: where it leads has no name to open."""
 
 
 class Source(NamedTuple):  # the read end of one pipe, and what becomes of the bytes
@@ -1441,6 +1405,7 @@ class LogThread:
             self.end(source)
         self.selector.close()
         fds = {self.wake_read, self.wake_write, self.sinks[1].fd, self.sinks[2].fd}
+        self.wake_write = -1  # for what is posted too late
         for fd in fds - {1, 2}:
             os.close(fd)
 
@@ -1458,7 +1423,6 @@ class LogThread:
         return self.moved
 
     def add(self, source: Source) -> None:
-        """Read a pipe from now on."""
         self.sources.setdefault(source, b"")
         job = functools.partial(self.move, source)
         self.selector.register(source.fd, selectors.EVENT_READ, job)
@@ -1507,12 +1471,11 @@ class LogThread:
     def write(self, sink: Sink, data: bytes | memoryview = b"") -> int:
         """Write, and hold what is not taken yet; return how many bytes were dropped."""
         held, torn, dropped = sink.held, sink.torn, 0
-        if data and len(held) > HELD:  # messages; the pipes are not read meanwhile
+        if data and len(held) > LAG:  # messages; the pipes are not read meanwhile
             return len(data)
-        sink.torn = False
-        if torn:  # the line that a failure cut off ends here
-            data = b"\n" + bytes(data)
-        text = b"".join([held, data]) if held and data else held or data
+        # The line that a failure cut off ends here; nothing is held after one.
+        ahead, sink.torn = b"\n" if torn else held, False
+        text = b"".join([ahead, data]) if ahead and data else ahead or data
         whole = left = memoryview(text)
         try:
             while left and (count := sink.put(left)):
@@ -1652,12 +1615,10 @@ def trampoline(
 
 
 def why_not(program: Program, argv: LIST, error: Exception) -> tuple[str, int]:
-    """Return why a process did not start, and 127 for a missing command, else 126.
-
-    Popen reports a failure of exec, chdir and setuid alike.
-    """
+    """Return why a process did not start, and 127 for a missing command, else 126."""
     if not isinstance(error, OSError):  # our own, or a text that exec cannot have
         return str(error), 126
+    # Popen reports a failure of exec, chdir and setuid alike.
     missing, place, why = error.errno == errno.ENOENT, error.filename, error.strerror
     who = program.group_name if program.user is None else program.user
     if who is not None and error.errno in (errno.EPERM, errno.EINVAL):
@@ -1686,23 +1647,19 @@ def path_hash(path: str) -> str:
 
 
 def find_leftovers(digest: str) -> dict[int, str]:
-    """Return what dead supervisors of this configuration left running: names by pid.
-
-    Never ourselves or our ancestors, whose shell may stem from such a program; never
-    another PID namespace's, where numbers mean something else (Linux).
-    """
+    """Return what dead supervisors of this configuration left running: names by pid."""
     table, pid, found = process_table(), os.getpid(), {}
-    others = set(table)
+    # Never ourselves or our ancestors, whose shell may stem from such a program.
     while pid in table:
-        others.discard(pid)
-        pid = int(table[pid][1])
+        pid = int(table.pop(pid)[1])
     owner = re.compile(rf"\0{RUN_VARIABLE}={digest}\.(\d+)\.(\d+)\0")
-    for pid in others:
+    for pid in table:
         path = f"/proc/{pid}"  # which may be gone, or not for us to look at
         with contextlib.suppress(OSError), open(f"{path}/environ", "rb") as file:
             environ = "\0" + os.fsdecode(file.read())
             run = owner.search(environ)
             name = re.search(r"\0SUPERVISOR_PROCESS_NAME=([^\0]*)", environ)
+            # In another PID namespace numbers mean something else.
             here = os.path.samefile(f"{path}/ns/pid", "/proc/self/ns/pid")
             if run and name and here and start_time(int(run[1])) != run[2]:
                 found[pid] = name[1]
@@ -1753,8 +1710,7 @@ def tell_manager(message: str) -> None:
     address = re.sub("^@", "\0", os.environ.get("NOTIFY_SOCKET", ""))
     kind = (socket.AF_UNIX, socket.SOCK_DGRAM)
     with contextlib.suppress(OSError), socket.socket(*kind) as speaker:
-        speaker.setblocking(False)
-        speaker.sendto(message.encode(), address)
+        speaker.sendto(message.encode(), socket.MSG_DONTWAIT, address)
 
 
 # === 8. HTTP ==========================================================================
@@ -1777,6 +1733,7 @@ FILE_INTERVAL = 0.05  # seconds between two looks at a log file that is followed
 # Method, the host that a proxy's request has, path and query, minor version.
 REQUEST_LINE = re.compile(r"(\S+) (?:http://([^/\s]*))?(/[!-~]*) HTTP/1\.(\d)\r?\n")
 FIELD = re.compile(r"([^\s:]+):([^\r\0]*)\r?")
+Order = Start | Stop | Restart | Signal  # what somebody may want of a program
 ENDED = (State.BACKOFF, State.EXITED, State.FATAL, State.STOPPED)
 POLICY = (
     "Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'; "
@@ -1905,18 +1862,12 @@ setInterval(() => gone || repaint(), 1000); connect();
 </script>"""
 
 
-class Snapshot(NamedTuple):
-    """What is published of a program; immutable, so that any thread may read it."""
-
+class Snapshot(NamedTuple):  # what any thread may read of a program
     program: Program
     status: Status
     output: Output
     started_at: float | None = None  # Unix time of the last start
     changed_at: float | None = None  # Unix time of the last change of state
-
-    @property
-    def ready(self) -> bool:
-        return is_ready(self.program, self.status)
 
 
 def status_object(snapshot: Snapshot, now: float) -> dict[str, Any]:
@@ -1935,7 +1886,7 @@ def status_object(snapshot: Snapshot, now: float) -> dict[str, Any]:
     backoff = due is not None and status.state is State.BACKOFF
     return {
         "name": program.name, "group": program.group, "running": status.is_alive,
-        "state": status.state.value, "ready": snapshot.ready,
+        "state": status.state.value, "ready": is_ready(program, status),
         "healthy": status.healthy, "pid": status.pid,
         "uptime": round(now - status.started, 3) if status.is_alive else None,
         "started_at": timestamp(started_at) if started_at else None,
@@ -1947,9 +1898,6 @@ def status_object(snapshot: Snapshot, now: float) -> dict[str, Any]:
         "log_dropped_bytes": output.dropped,
         "description": ", ".join(filter(None, words)),
     }  # fmt: skip
-
-
-Order = Start | Stop | Restart | Signal  # what somebody may want of a program
 
 
 class Listener(NamedTuple):
@@ -1987,17 +1935,17 @@ def as_json(content: object, status: int = 200, *headers: str) -> Response:
 @functools.lru_cache(maxsize=1)
 def all_statuses(supervisor: Supervisor, *moment: int) -> Response:
     """Answer for a moment: the text of 20 programs takes 0.3 ms, most of a request."""
-    return objects("", list(supervisor.snapshots.values()), 200)
+    return objects("", list(supervisor.snapshots.values()))
 
 
 def get_status(supervisor: Supervisor, request: Request) -> Response:
     if request.name:
-        return objects(request.name, request.targets, 200)
+        return objects(request.name, request.targets)
     moment = int(time.monotonic() * 100)  # it serves for 10 ms, or until news
     return all_statuses(supervisor, supervisor.events.end, moment)
 
 
-def objects(name: str, chosen: Iterable[Snapshot], status: int) -> Response:
+def objects(name: str, chosen: list[Snapshot], status: int = 200) -> Response:
     """Answer status objects: an array, or one where `name` is a program's."""
     now = time.monotonic()
     found = [status_object(one, now) for one in chosen]
@@ -2042,43 +1990,39 @@ def get_health(supervisor: Supervisor, request: Request) -> Response:
     return as_json({"status": worst, "programs": reasons}, code)
 
 
-METRICS = {  # by name, with their help
-    "info": "version",
-    "start_time_seconds": "start, Unix time",
-    "program_up": "1 while alive",
-    "program_ready": "1 while ready",
-    "program_uptime_seconds": "seconds since its start",
-    "program_restarts_total": "automatic restarts",
-    "program_exit_code": "last exit code, 128+N for a signal",
-    "program_log_dropped_bytes_total": "output that could not be written",
-    "program_state": "1 for the present state",
+METRICS = {  # by name: the key of the status that it shows, and its help
+    "info": ("", "version"),
+    "start_time_seconds": ("", "start, Unix time"),
+    "program_up": ("running", "1 while alive"),
+    "program_ready": ("ready", "1 while ready"),
+    "program_uptime_seconds": ("uptime", "seconds since its start"),
+    "program_restarts_total": ("restarts", "automatic restarts"),
+    "program_exit_code": ("exit_code", "last exit code, 128+N for a signal"),
+    "program_log_dropped_bytes_total": (
+        "log_dropped_bytes",
+        "output that could not be written",
+    ),
+    "program_state": ("", "1 for the present state"),
 }
 
 
 def get_metrics(supervisor: Supervisor, request: Request) -> Response:
     """Answer in Prometheus' text format 0.0.4."""
-    samples: dict[str, list[str]] = {name: [] for name in METRICS}
-    samples["info"].append(f'{{version="{__version__}"}} 1')
-    samples["start_time_seconds"].append(f" {supervisor.started_at:.15g}")
+    samples: defaultdict[str, list[str]] = defaultdict(list)
+    samples["info"] = [f'{{version="{__version__}"}} 1']
+    samples["start_time_seconds"] = [f" {supervisor.started_at:.15g}"]
     for one in request.targets:
         found = status_object(one, time.monotonic())
+        found |= {"uptime": found["uptime"] or 0, "exit_code": last_code(one.status)}
         labels = f'name="{found["name"]}",group="{found["group"]}"'
-        numbers = {
-            "up": found["running"],
-            "ready": found["ready"],
-            "uptime_seconds": found["uptime"] or 0,
-            "restarts_total": found["restarts"],
-            "exit_code": last_code(one.status),
-            "log_dropped_bytes_total": found["log_dropped_bytes"],
-        }
-        for name, number in numbers.items():
-            if number is not None:
-                samples[f"program_{name}"].append(f"{{{labels}}} {number:.15g}")
+        for name, (key, _) in METRICS.items():
+            if found.get(key) is not None:
+                samples[name].append(f"{{{labels}}} {found[key]:.15g}")
         for state in State:
             value = f'{{{labels},state="{state.value}"}} {one.status.state is state:d}'
             samples["program_state"].append(value)
     lines = []
-    for name, text in METRICS.items():
+    for name, (_, text) in METRICS.items():
         kind = "counter" if name.endswith("_total") else "gauge"
         lines += [f"# HELP supervisors_{name} {text}"]
         lines += [f"# TYPE supervisors_{name} {kind}"]
@@ -2089,21 +2033,17 @@ def get_metrics(supervisor: Supervisor, request: Request) -> Response:
 
 def stream_events(supervisor: Supervisor) -> Iterator[bytes]:
     """Yield every change of state as server-sent events, a snapshot of all first."""
-    import json
-
-    def event(kind: str, content: object) -> bytes:
-        return f"event: {kind}\ndata: {json.dumps(content)}\n\n".encode()
-
+    form = b"event: %b\ndata: %b\n\n"
     feed, quiet = supervisor.events, 0
     at, known = feed.end, list(supervisor.snapshots.values())
-    yield event("snapshot", [status_object(one, time.monotonic()) for one in known])
+    yield form % (b"snapshot", objects("", known).body)
     while at < feed.end or not feed.closed:
         items, at = feed.read(at, LOOK_INTERVAL)
         for one in items:
             if isinstance(one, str):
-                yield event("removed", {"name": one})
+                yield form % (b"removed", as_json({"name": one}).body)
             else:
-                yield event("state", status_object(one, time.monotonic()))
+                yield form % (b"state", objects(one.program.name, [one]).body)
         quiet = 0 if items else quiet + 1
         yield b"" if items or quiet % COMMENT_LOOKS else b": still here\n\n"
 
@@ -2131,7 +2071,7 @@ def get_logs(supervisor: Supervisor, request: Request) -> Response:
     form = output.log_format
     out, err = (route(program, one, form) for one in ("stdout", "stderr"))
     target, _, direct = err if stream == "stderr" else out
-    if isinstance(target, str) and target != NOWHERE:
+    if isinstance(target, str) and target != os.devnull:
         if stream and out.target == err.target:
             raise HttpError(400, f"both streams of {name} share one file")
         backups = [f"{target}.{n + 1}" for n in range(program.logfile_backups)]
@@ -2149,27 +2089,33 @@ def memory_log(output: Output, stream: str, lines: int) -> Iterator[bytes]:
     def text(items: list[tuple[str, bytes]]) -> bytes:
         return b"".join(data for name, data in items if stream in ("", name))
 
-    with output.followed():
+    output.followers.add(text)
+    try:
         items, at = output.read(None, 0)
         yield b"".join(deque(text(items).splitlines(keepends=True), lines))
         while at < output.end or not output.closed:
             items, at = output.read(at, LOOK_INTERVAL)
             yield text(items)
+    finally:
+        output.followers.discard(text)
 
 
 def file_log(paths: list[str], lines: int, until: Feed[Any] | None) -> Iterator[bytes]:
-    """Yield the last lines of a log and its backups, the newest path first; follow it.
-
-    What has been rotated meanwhile is found again by its inode, and read to its end.
-    """
+    """Yield the last lines of a log and its backups, newest first; follow the log."""
     file: io.FileIO | None = None
     with contextlib.ExitStack() as stack:
         for path in filter(os.path.isfile, paths):
             file = stack.enter_context(open(path, "rb", buffering=0))
-            lines -= seek_tail(file, lines)
+            size = file.seek(0, os.SEEK_END)
+            # The end of the last line begins no other.
+            starts = line_starts(file.fileno(), size - 1) if size else ()
+            earliest = deque(zip(range(1, lines + 1), starts), 1)
+            ((count, start),) = earliest or [(0, size)]
+            file.seek(start)
+            lines -= count
             if lines <= 0:
                 break
-        while True:
+        while True:  # a file that was rotated meanwhile is read to its end
             ended, newer = not until or until.closed, newer_file(file, paths)
             if file and os.fstat(file.fileno()).st_size < file.tell():
                 file.seek(0)  # it was truncated: no backups, or copytruncate
@@ -2197,16 +2143,6 @@ def newer_file(file: io.FileIO | None, paths: list[str]) -> io.FileIO | None:
     return None
 
 
-def seek_tail(file: io.FileIO, lines: int) -> int:
-    """Go to where the last `lines` lines of a file begin; return how many those are."""
-    size = file.seek(0, os.SEEK_END)
-    # The end of the last line begins no other.
-    starts = line_starts(file.fileno(), size - 1) if size else ()
-    ((found, start),) = deque(zip(range(1, lines + 1), starts), 1) or [(0, size)]
-    file.seek(start)
-    return found
-
-
 def post_order(order: Order, supervisor: Supervisor, request: Request) -> Response:
     """Do it; answer when the outcome of all is known, or after `wait` seconds."""
     wait = number_of(request, "wait", 0, MOST_WAIT)
@@ -2214,8 +2150,10 @@ def post_order(order: Order, supervisor: Supervisor, request: Request) -> Respon
     events, starts = supervisor.events, not isinstance(order, Stop)
 
     def is_known() -> bool:
-        found = (one.snapshot for one in chosen)
-        return all(one.status.state in ENDED or (starts and one.ready) for one in found)
+        return all(
+            status.state in ENDED or (starts and is_ready(program, status))
+            for program, status in (one.snapshot[:2] for one in chosen)
+        )
 
     with events.changed:
         events.changed.wait_for(lambda: events.closed or is_known(), wait)
@@ -2262,9 +2200,7 @@ ORDERS: dict[str, Answer] = {
 }
 
 
-class Conversation:
-    """One connection, in a thread of its own."""
-
+class Conversation:  # one connection, in a thread of its own
     def __init__(self, listener: Listener, connection: socket.socket) -> None:
         self.supervisor, self.listener = listener.supervisor, listener
         self.connection, self.poll = connection, select.poll()
@@ -2273,16 +2209,14 @@ class Conversation:
         self.line, self.lasts = "", True
 
     def run(self) -> None:
-        """Answer requests until one side has enough; close when the client has.
-
-        Unread input would make the kernel send a reset, which can overtake the answer.
-        """
+        """Answer requests until one side has enough; close when the client has."""
         try:
             with contextlib.suppress(OSError, EOFError), self.connection:
                 self.connection.settimeout(REQUEST_TIME)
                 while self.lasts:
                     self.answer_one()
                 self.connection.shutdown(socket.SHUT_WR)
+                # Unread, input has the kernel send a reset, which overtakes the answer.
                 self.connection.settimeout(0.2)
                 all(self.connection.recv(PIPE) for _ in range(64))  # until b""
         finally:
@@ -2290,6 +2224,7 @@ class Conversation:
 
     def turn_away(self) -> None:
         """Answer one connection too many, without waiting for its request."""
+        self.lasts = False
         response = as_json({"error": "too many connections"}, 503, "Retry-After: 1")
         with contextlib.suppress(OSError), self.connection:
             self.connection.setblocking(False)
@@ -2338,14 +2273,10 @@ class Conversation:
         return self.input[: found.end()].decode("latin-1")
 
     def read_request(self) -> tuple[str, str, dict[str, str]]:
-        """Return the method, the target and the fields of a request.
-
-        None has a use for a body: that stays unread, and ends the connection.
-        """
+        """Return the method, the target and the fields of a request."""
         deadline = time.monotonic() + REQUEST_TIME
         self.line = self.receive(rb"\n", MOST_LINE, 414, deadline)
-        line = REQUEST_LINE.fullmatch(self.line)
-        if not line:
+        if not (line := REQUEST_LINE.fullmatch(self.line)):
             raise HttpError(400, "malformed request: expected HTTP/1.0 or HTTP/1.1")
         head = self.receive(rb"\n\r?\n", MOST_BYTES, 431, deadline)
         self.input = self.input[len(head) :]
@@ -2362,6 +2293,7 @@ class Conversation:
             raise HttpError(400, "expected a Content-Length")
         if len(length) > 9 or int(length) > MOST_BYTES:
             raise HttpError(413, f"expected a body of at most {MOST_BYTES} bytes")
+        # None has a use for a body: that stays unread, and ends the connection.
         ends = int(length) > 0 or "Transfer-Encoding" in fields
         kept = fields.get("Connection", "close" if line[4] == "0" else "keep-alive")
         self.lasts = not ends and kept.lower() == "keep-alive"
@@ -2440,10 +2372,7 @@ class Conversation:
 
 
 def bind(address: Address, private: bool = False) -> socket.socket:
-    """Return a listening socket; raises OSError. A stale unix socket is replaced.
-
-    A private one has mode 0600 from its first moment: the umask sees to that, no chmod.
-    """
+    """Return a listening socket; raises OSError. A stale unix socket is replaced."""
     path, host, port = address
     if path and os.path.lexists(path):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
@@ -2463,7 +2392,7 @@ def bind(address: Address, private: bool = False) -> socket.socket:
     if host == "::":
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     with contextlib.ExitStack() as stack:
-        if private:
+        if private:  # mode 0600 from its first moment, which chmod could not give
             stack.callback(os.umask, os.umask(0o177))
         listener.bind(path or (host, port))
     listener.listen(128)
@@ -2472,11 +2401,7 @@ def bind(address: Address, private: bool = False) -> socket.socket:
 
 
 def control_path(control: str, path: str) -> str:
-    """Return the control socket of a configuration's real path.
-
-    A derived one is in /run, the user's own folder, or one of ours in /tmp. Raises
-    OSError where that is somebody else's.
-    """
+    """Return the control socket of a configuration's real path; raises OSError."""
     if control != "auto":
         return os.path.abspath(control) if control else ""
     user = os.geteuid()
@@ -2563,7 +2488,6 @@ class Process:
         self.publish()
 
     def signal(self, number: int) -> None:
-        """Signal the group, or the leader where that is wanted."""
         target = -self.group if self.program.stopasgroup else self.status.pid
         if target:  # 0 would be our own group
             send(target, number)
@@ -2571,6 +2495,7 @@ class Process:
     def start_run(self) -> Event:
         """Start the program as it is defined now."""
         self.program = program = self.definition
+        self.plan_check(time.monotonic())
         report: typing.BinaryIO = io.BytesIO()
         with contextlib.ExitStack() as stack:
             try:
@@ -2587,7 +2512,6 @@ class Process:
                 reason, code = why_not(program, program.argv, error)
                 return SpawnFailed(f"cannot start {self.name}: {reason}", code)
         self.supervisor.children[self.group] = lambda code: self.ended(report, code)
-        self.supervisor.at(time.monotonic(), self.check)
         return Spawned(self.group)
 
     def open_streams(self, stack: contextlib.ExitStack) -> list[int]:
@@ -2626,14 +2550,13 @@ class Process:
                 prefix = f"\033[{self.colour}m{prefix[:-1]}\033[0m "
         if where.log_format != "raw":
             form = log_formatter(where.log_format, self.name, stream, prefix)
-        sink = log.sinks.setdefault(where.target, FileSink(str(where.target)))
+        new = Sink(str(where.target), supervisor.few_files[0])
+        sink = log.sinks.setdefault(where.target, new)
         sink.maxbytes, sink.backups = program.logfile_maxbytes, program.logfile_backups
-        sink.lowest = supervisor.few_files[0]
         shared = supervisor.sharers[where.target] > 1
         log.add(Source(fd, sink, self.output, stream, form, shared))
 
     def environ(self, account: Variables) -> dict[str, str]:
-        """Return the variables of a process of this program."""
         supervisor, program = self.supervisor, self.program
         inherited, chosen = supervisor.environ, program.inherit_env
         names = set(inherited if chosen is True else chosen or ()) - OWN_VARIABLES
@@ -2660,8 +2583,7 @@ class Process:
         variables, switch = find_account(program)
         environ = self.environ(variables)
         if report:
-            argv = trampoline(program, argv, environ, switch, *report)
-            switch = {}
+            argv, switch = trampoline(program, argv, environ, switch, *report), {}
         with LIMITED:
             supervisor.limit_files(supervisor.few_files)
             try:
@@ -2674,9 +2596,8 @@ class Process:
                     cwd=program.directory,
                     umask=-1 if program.umask is None else program.umask,
                     start_new_session=True,
-                    close_fds=bool(
-                        report
-                    ),  # all are close-on-exec; one by one costs more
+                    # All others are close-on-exec; to close them one by one costs more.
+                    close_fds=bool(report),
                     pass_fds=report,
                     **switch,
                 )
@@ -2687,7 +2608,6 @@ class Process:
 
     def ended(self, report: typing.BinaryIO, code: int) -> None:
         """The leader was reaped; its exit code is negative for a signal."""
-        self.cancel_check()
         with report:  # b"" after exec; None while another holds the pipe's other end
             reason = (report.read() or b"").decode(errors="replace")
         if reason and self.status.state is not State.STOPPING:
@@ -2711,17 +2631,17 @@ class Process:
         self.check_began = time.monotonic()
         supervisor.at(self.check_began + check.timeout, self.check)
         take = functools.partial(self.take_result, self.check_began)
-        if not check.command:
-            threading.Thread(
-                target=lambda: supervisor.post(functools.partial(take, probe(check))),
-                daemon=True,
-            ).start()
-            return
 
         def ended(code: int) -> None:
             end = f"exit code {code}" if code > 0 else f"killed by {signal_name(-code)}"
             take(end if code else "")
 
+        def ask() -> None:
+            supervisor.post(functools.partial(take, probe(check)))
+
+        if not check.command:
+            threading.Thread(target=ask, daemon=True).start()
+            return
         fd = supervisor.null_fd
         try:
             self.check_pid = self.spawn(check.command, fd, fd)
@@ -2734,40 +2654,37 @@ class Process:
         check = self.program.healthcheck
         if check is None or began != self.check_began:  # of one that was given up
             return
-        self.cancel_check()
         self.apply(Checked(not detail, detail))
         if self.status.state in (State.STARTING, State.RUNNING):
-            first = min(check.interval, FIRST_INTERVAL)
-            interval = first if self.status.healthy is None else check.interval
-            self.supervisor.at(began + interval, self.check)
+            longest = FIRST_INTERVAL if self.status.healthy is None else FOREVER
+            self.plan_check(began + min(check.interval, longest))
 
-    def cancel_check(self) -> None:
-        """End the check that is under way, and plan no other."""
+    def plan_check(self, when: float | None) -> None:
+        """End the check that is under way; the next begins at an instant, or never."""
         self.check_began = None
-        self.supervisor.at(None, self.check)
+        self.supervisor.at(when, self.check)
         if self.check_pid:
             send(-self.check_pid, signal.SIGKILL)
         self.check_pid = 0
 
     def publish(self) -> None:
         """Make the status known: to HTTP threads, the log, and who depends on it."""
-        old, status, supervisor = self.snapshot, self.status, self.supervisor
-        before = old.status
+        status, supervisor = self.status, self.supervisor
+        program, before, _, started_at, changed_at = self.snapshot
         moved = status._replace(deadline=None) != before._replace(deadline=None)
-        if not moved and self.program is old.program:
+        if not moved and self.program is program:
             return  # as at each WATCHDOG=1
         new_run = status.pid not in (None, before.pid)
         new_state = status.state is not before.state
-        started_at = time.time() if new_run else old.started_at
-        changed_at = time.time() if new_state else old.changed_at
-        self.snapshot = new = Snapshot(
-            self.program, status, self.output, started_at, changed_at
-        )
+        started_at = time.time() if new_run else started_at
+        changed_at = time.time() if new_state else changed_at
+        new = Snapshot(self.program, status, self.output, started_at, changed_at)
+        self.snapshot = new
         if supervisor.processes.get(self.name) is self:
             supervisor.snapshots[self.name] = new
         supervisor.events.append(new)
         if status.state not in (State.STARTING, State.RUNNING):
-            self.cancel_check()
+            self.plan_check(None)
         if new_state or new_run:
             pid = f"pid {status.pid}" if status.pid else ""
             words = [status.state.value, pid, status.reason]
@@ -3280,7 +3197,7 @@ class Supervisor:
             self.log.post(sink.reopen)
         for name, program in self.config.programs.items():
             for where in {route(program, s, self.config.log_format) for s in STREAMS}:
-                if where.direct and where.target not in (1, 2, NOWHERE):
+                if where.direct and where.target not in (1, 2, os.devnull):
                     reason = f"{where.target} is held by the program itself: restart it"
                     self.say(name, f"cannot reopen its log: {reason}", "warning")
         self.say("", "reopened the log files")
