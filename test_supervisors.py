@@ -479,6 +479,12 @@ def test_mistake_outside_of_a_key_is_located_too(text: str, where: str) -> None:
     assert any(where in error for error in mistakes(text))
 
 
+def test_mistakes_in_the_defaults_are_found_without_any_program() -> None:
+    errors = mistakes("[defaults]\nautostrat = true\nstopwaitsecs = -1")
+    keys = sorted(error.partition(": ")[0] for error in errors)
+    assert keys == ["defaults.autostrat", "defaults.stopwaitsecs"]
+
+
 def test_error_says_what_was_expected_and_what_was_found() -> None:
     (error,) = mistakes("[programs.web]\ncommand = 'web'\nstopwaitsecs = -1")
     assert "expected" in error
@@ -1386,6 +1392,21 @@ def test_program_that_cannot_start_says_why_and_disturbs_nobody(
     run.wait_state("web", "RUNNING")
 
 
+def test_limit_that_no_kernel_knows_is_a_reason_and_no_traceback(
+    supervise: Supervise,
+) -> None:
+    run = supervise("""
+        [programs.web]
+        command = "true"
+        rlimits = {nofile = 99999999999999999999}
+        """)
+    eventually(lambda: run.state("web"), lambda state: state in ("FATAL", "EXITED"))
+    assert run.status("web")["reason"].startswith("cannot start web: ")
+    assert run.state("web") == "FATAL"
+    run.end()
+    assert "Traceback" not in run.err + run.out.decode()
+
+
 def test_each_change_of_state_is_one_message(supervise: Supervise) -> None:
     run = supervise("""
         [programs.web]
@@ -2004,6 +2025,34 @@ def test_line_that_is_longer_than_a_log_file_has_a_file_of_its_own(
     assert logs == [b"short\n", b"x" * 5000 + b"\n", b"end\n"]
 
 
+LONG_LINE = """
+import fcntl, os
+if hasattr(fcntl, "F_SETPIPE_SZ"):  # that it can be read at once
+    fcntl.fcntl(1, fcntl.F_SETPIPE_SZ, 1 << 20)
+os.write(1, b"a" * 10_000 + b"\\n" + b"b" * 150_000)
+open("go").readline()
+os.write(1, b"b" * 45_000 + b"\\n")
+"""
+
+
+def test_line_that_comes_in_large_pieces_moves_to_the_next_file_as_a_whole(
+    tmp_path: Path, supervise: Supervise, gate: Callable[[str], Gate]
+) -> None:
+    go, log = gate("go"), tmp_path / "web.log"
+    run = supervise(f"""
+        [programs.web]
+        command = {python(LONG_LINE)}
+        logfile = "web.log"
+        logfile_maxbytes = 200000
+        """)
+    eventually(lambda: log.exists() and log.stat().st_size, 160_001)
+    go.open()
+    run.wait_state("web", "EXITED")
+    run.end()
+    logs = [path.read_bytes() for path in rotated(log)]
+    assert logs == [b"a" * 10_000 + b"\n", b"b" * 195_000 + b"\n"]
+
+
 def test_log_goes_on_after_what_is_there_at_the_start(
     tmp_path: Path, supervise: Supervise
 ) -> None:
@@ -2057,6 +2106,32 @@ def test_streams_may_have_files_of_their_own(
     run.end()
     assert (tmp_path / "out.log").read_text() == "one\n"
     assert (tmp_path / "err.log").read_text() == "two\n"
+
+
+def test_streams_that_share_a_pipe_tear_no_line_of_each_other(
+    supervise: Supervise,
+) -> None:
+    source, sink = os.pipe()
+    run = supervise(
+        f"""
+        [programs.out]
+        command = {sh(f"yes {'o' * 63} | head -n 20000")}
+        [programs.err]
+        command = {sh(f"yes {'e' * 63} | head -n 20000 >&2")}
+        """,
+        prefix=("sh", "-c", 'exec "$@" 2>&1', "sh"),
+        stdout=sink,
+    )
+    # A slow reader: it waits until there is no room. What the last 64 KB are is left.
+    data = b""
+    while len(data) < 2 * 20_000 * 70 - 65536:
+        eventually(lambda: select.select([], [sink], [], 0)[1], [])
+        data += os.read(source, 65536)
+    os.close(source)
+    os.close(sink)
+    run.end()
+    whole = re.compile(rb"out \| o{63}|err \| e{63}|\d{4}-\d\d-\d\dT.*")
+    assert [x for x in data.split(b"\n")[:-1] if not whole.fullmatch(x)] == []
 
 
 def test_streams_on_the_terminal_stay_apart(supervise: Supervise) -> None:
@@ -2222,6 +2297,34 @@ def test_usr2_writes_to_a_new_file_after_a_move(
     assert numbers == [str(i + 1) for i in range(len(numbers))]
 
 
+HALF_A_LINE = """
+import os
+os.write(1, b"a" * 99 + b"\\n" + b"b" * 500)
+open("go").readline()
+os.write(1, b"b" * 450 + b"\\n")
+"""
+
+
+def test_usr2_in_the_middle_of_a_line_lets_no_rotation_split_it(
+    tmp_path: Path, supervise: Supervise, gate: Callable[[str], Gate]
+) -> None:
+    go, log = gate("go"), tmp_path / "web.log"
+    run = supervise(f"""
+        [programs.web]
+        command = {python(HALF_A_LINE)}
+        logfile = "web.log"
+        logfile_maxbytes = 1000
+        """)
+    eventually(lambda: log.exists() and log.stat().st_size, 600)
+    run.send(signal.SIGUSR2)
+    run.wait_err("reopened the log files")
+    go.open()
+    run.wait_state("web", "EXITED")
+    run.end()
+    logs = [path.read_bytes() for path in rotated(log)]
+    assert logs == [b"a" * 99 + b"\n", b"b" * 950 + b"\n"]
+
+
 def test_program_without_rotation_gets_the_descriptor_itself(
     tmp_path: Path, supervise: Supervise
 ) -> None:
@@ -2341,6 +2444,7 @@ def exchange(run: Run, request: bytes) -> tuple[int, Any, bytes]:
         (b"GET / HTTP/1.1\r\nX: " + b"x" * 100_000 + b"\r\n\r\n", 431),
         (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 20_000 + b"\r\n", 431),
         (b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\n\r\n", 414),
+        (b"GET /status HTTP/1.1\r\nHost: localhost\r\nhost: localhost\r\n\r\n", 400),
         (b"GET /nope HTTP/1.1\r\n\r\n", 404),
         (b"GET //status HTTP/1.1\r\n\r\n", 404),
         (b"GET /status/nope HTTP/1.1\r\n\r\n", 404),
@@ -3303,6 +3407,28 @@ def test_the_supervisor_tells_its_own_manager(
     assert "NOTIFY_SOCKET" not in environment and "WATCHDOG_" not in environment
 
 
+def test_the_manager_hears_of_no_readiness_while_a_oneshot_runs(
+    supervise: Supervise, gate: Callable[[str], Gate]
+) -> None:
+    migration = gate("migration")
+    name = uuid.uuid4().hex
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind("\0" + name)
+        manager.settimeout(LIMIT)
+        run = supervise(
+            f"""
+            [programs.migrate]
+            type = "oneshot"
+            command = {sh("read x < migration")}
+            """,
+            env={"NOTIFY_SOCKET": f"@{name}"},
+        )
+        run.wait_state("migrate", "RUNNING")
+        assert manager.recv(4096) == b"STATUS=waiting for migrate"
+        migration.open()
+        assert manager.recv(4096).startswith(b"READY=1\n")
+
+
 # === The order of the stop =====================================================
 
 # Writes when it was told to stop and when it ended, meeting its peer in between.
@@ -3352,6 +3478,63 @@ def test_everything_stops_dependents_first_and_the_rest_in_parallel(
     assert at("proxy.ended") <= at("web.told") <= at("web.ended")
     assert at("web.ended") <= at("db.told") and at("web.ended") <= at("queue.told")
     assert at("db.told") <= at("queue.ended") and at("queue.told") <= at("db.ended")
+
+
+def stops_before(run: Run, name: str) -> None:
+    """See that a program is told to stop after `app`, which takes its time."""
+    eventually((run.folder / "app.up").exists)
+    run.wait_state(name, "RUNNING")
+    run.send(signal.SIGTERM)
+    run.wait_state("app", "STOPPING")
+    assert run.state(name) == "RUNNING"
+    (run.folder / "meet").write_text("")
+    assert run.popen.wait(LIMIT) == 0
+    order = re.findall(r" (\S+): STOP(?:PING|PED)", run.err)
+    assert order.index("app", 1 + order.index("app")) < order.index(name)
+
+
+def test_programs_stop_in_order_though_a_oneshot_between_them_has_ended(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "meet")
+    run = supervise(f"""
+        [defaults]
+        startsecs = 0
+        stopwaitsecs = 1000
+        [programs.database]
+        command = "sleep 1000"
+        [programs.migrate]
+        type = "oneshot"
+        command = "true"
+        depends_on = ["database"]
+        [programs.app]
+        command = {python(STOPPER, "app", "meet", os.O_RDONLY)}
+        depends_on = ["migrate"]
+    """)
+    stops_before(run, "database")
+
+
+def test_programs_stop_before_an_instance_that_a_reload_has_added(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "meet")
+    config = f"""
+        [defaults]
+        startsecs = 0
+        stopwaitsecs = 1000
+        [programs.database]
+        command = "sleep 1000"
+        numprocs = 2
+        [programs.app]
+        command = {python(STOPPER, "app", "meet", os.O_RDONLY)}
+        depends_on = ["database"]
+    """
+    run = supervise(config)
+    app = run.wait_state("app", "RUNNING")["pid"]
+    reload(run, config.replace("numprocs = 2", "numprocs = 3"))
+    eventually(lambda: run.ask("/status/database:2")[0], 200)
+    assert run.status("app")["pid"] == app
+    stops_before(run, "database:2")
 
 
 # === Orders at any moment ======================================================
@@ -3893,6 +4076,8 @@ def test_health_verb_is_0_or_1_and_nothing_else(supervise: Supervise) -> None:
     assert run_verb(run.folder, "health", "web").returncode == 0
     assert run_verb(run.folder, "health", "wbe").returncode == 1
     assert run_verb(run.folder, "health", "--nope").returncode == 1
+    before = ("-c", "supervisors.toml")
+    assert run_verb(run.folder, *before, "health", "--json").returncode == 1
     run.end()
     assert run_verb(run.folder, "health").returncode == 1
 
@@ -3937,7 +4122,15 @@ def test_without_a_supervisor_the_derived_socket_is_named(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "arguments", ["start", "signal HUP", "status --nope", "stop web -t soon", "-c"]
+    "arguments",
+    [
+        "start",
+        "signal HUP",
+        "status --nope",
+        "stop web -t soon",
+        "-c",
+        "-s foo status",
+    ],
 )
 def test_a_bad_command_line_is_2(tmp_path: Path, arguments: str) -> None:
     answer = run_verb(tmp_path, *arguments.split())
@@ -4313,6 +4506,87 @@ def test_reload_sees_a_changed_env_file(supervise: Supervise, tmp_path: Path) ->
     assert b"A=2" in environ_of(second["pid"])
 
 
+def test_reload_lets_a_program_run_on_whose_env_file_is_gone(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    (tmp_path / "a.env").write_text("A=1\n")
+    run = supervise(f'{FAST}[programs.a]\n{SLEEP}env_file = "a.env"')
+    pid = run.wait_state("a", "RUNNING")["pid"]
+    (tmp_path / "a.env").unlink()
+    answer = run.ask("/reload", "POST")[1]
+    assert (answer["changed"], answer["unchanged"]) == ([], 1)
+    assert (run.state("a"), run.status("a")["pid"]) == ("RUNNING", pid)
+
+
+def test_reload_reports_what_changed_during_its_stop_once(supervise: Supervise) -> None:
+    run = supervise(f"{FAST}[programs.web]\n{HARD_TO_STOP}")
+    pid = run.wait_state("web", "RUNNING")["pid"]
+    run.ask("/programs/web/stop", "POST")
+    rewrite(run, f"{FAST}[programs.web]\numask = '077'\n{HARD_TO_STOP}")
+    assert run.ask("/reload", "POST")[1]["changed"] == ["web"]
+    assert run.state("web") == "STOPPING"
+    os.kill(pid, signal.SIGKILL)
+    run.wait_state("web", "STOPPED")
+    assert run.ask("/reload", "POST")[1]["changed"] == []
+
+
+def test_a_program_that_a_reload_removed_is_not_started_again(
+    supervise: Supervise,
+) -> None:
+    beside = f"{FAST}[programs.beside]\n{SLEEP}"
+    run = supervise(f"{beside}[programs.web]\n{HARD_TO_STOP}")
+    pid = run.wait_state("web", "RUNNING")["pid"]
+    rewrite(run, beside)
+    assert run.ask("/reload", "POST")[1]["removed"] == ["web"]
+    for verb in ("start", "restart"):
+        code, answer = run.ask(f"/programs/web/{verb}", "POST")
+        assert code == 409
+        assert "it was removed" in answer["error"]
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: run.ask("/status/web")[0], 404)
+
+
+def test_reload_that_ends_the_waiting_of_a_program_starts_it_once(
+    supervise: Supervise,
+) -> None:
+    db = f"[programs.db]\n{SLEEP}autostart = false\n"
+    web = f"[programs.web]\n{SLEEP}startsecs = 1000\n"
+    run = supervise(f'{db}{web}depends_on = ["db"]')
+    run.wait_state("web", "WAITING")
+    rewrite(run, db + web)
+    assert run.ask("/reload", "POST")[1]["changed"] == ["web"]
+    err = run.wait_err("reloaded: ")
+    assert re.findall(r" web: (\w+)", err) == ["WAITING", "STARTING"]
+
+
+def test_logs_of_a_stopped_program_are_those_of_its_new_file_after_a_reload(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    (tmp_path / "old.log").write_text("old\n")
+    (tmp_path / "new.log").write_text("new\n")
+    web = f"[programs.web]\n{SLEEP}autostart = false\n"
+    run = supervise(f"{web}logfile = 'old.log'")
+    assert logs(run) == ["old"]
+    rewrite(run, f"{web}logfile = 'new.log'")
+    assert run.ask("/reload", "POST")[1]["changed"] == ["web"]
+    assert logs(run) == ["new"]
+
+
+def test_reload_that_makes_an_ended_program_a_oneshot_releases_its_dependent(
+    supervise: Supervise,
+) -> None:
+    job = "[programs.job]\ncommand = 'true'\nautostart = false\nstartsecs = 1000\n"
+    web = f'[programs.web]\n{SLEEP}depends_on = ["job"]\n'
+    run = supervise(job + web)
+    post(run, "job/start")
+    run.wait_state("job", "EXITED")
+    assert run.state("web") == "WAITING"
+    rewrite(run, f"{job}type = 'oneshot'\n{web}")
+    assert run.ask("/reload", "POST")[1]["changed"] == ["job"]
+    run.wait_state("web", "STARTING")
+    assert run.state("job") == "EXITED"
+
+
 def test_reload_of_token_and_listen_takes_effect_or_says_that_it_does_not(
     supervise: Supervise,
 ) -> None:
@@ -4512,6 +4786,13 @@ def test_a_foreign_host_is_refused_on_loopback(shared: Shared) -> None:
     for host in own:
         assert ask_over_tcp(port, "/status", Host=host).status == 200, host
     assert exchange_bytes(port, b"GET /status HTTP/1.0\r\n\r\n").status == 200
+
+
+def test_host_of_an_absolute_target_is_the_one_that_counts(shared: Shared) -> None:
+    host = b" HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    evil = exchange_bytes(shared.port, b"GET http://evil.example/status" + host)
+    own = exchange_bytes(shared.port, b"GET http://localhost/status" + host)
+    assert (evil.status, own.status) == (403, 200)
 
 
 @pytest.mark.parametrize(
@@ -4871,6 +5152,15 @@ def test_logs_that_the_supervisor_never_sees_are_409(supervise: Supervise) -> No
     assert is_one_line(verb.stderr)
 
 
+def test_logs_of_what_runs_outlive_a_reload_of_the_format(supervise: Supervise) -> None:
+    web = '[programs.web]\ncommand = ["sh", "-c", "echo hello; exec sleep 1000"]\n'
+    run = supervise(web)
+    eventually(lambda: logs(run), ["hello"])
+    rewrite(run, f'log_format = "raw"\n{web}')
+    assert run.ask("/reload", "POST")[1]["unchanged"] == 1
+    assert logs(run) == ["hello"]
+
+
 @pytest.mark.parametrize(
     "query", ["?lines=many", "?lines=-1", "?stream=both", "?follow=perhaps"]
 )
@@ -4943,6 +5233,36 @@ def test_follow_ends_with_the_program_and_with_the_supervisor(
         run.send(signal.SIGTERM)
         assert last.answer.read() == b""
         assert run.popen.wait(LIMIT) == 0
+
+
+TALKS_AT_THE_END = """
+import os, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+os.write(1, b"up\\n")
+signal.sigwait({signal.SIGTERM})
+for _ in range(8):  # less than a follower may be behind
+    os.write(1, (b"x" * 49 + b"\\n") * 1000)
+os.write(1, b"end\\n")
+os._exit(0)
+"""
+
+
+def test_follow_shows_the_last_line_of_a_program_that_a_reload_removes(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    command = script(tmp_path, "talks.py", TALKS_AT_THE_END)
+    kept = f"{FAST}[programs.kept]\n{SLEEP}"
+    run = supervise(f"{kept}[programs.web]\ncommand = {command}\nnumprocs = 16")
+    with contextlib.ExitStack() as stack:
+        streams = [
+            stack.enter_context(Stream(run, f"/programs/web:{n}/logs?follow=1"))
+            for n in range(16)
+        ]
+        assert [stream.line() for stream in streams] == ["up"] * 16
+        rewrite(run, kept)
+        assert len(run.ask("/reload", "POST")[1]["removed"]) == 16
+        ends = [stream.answer.read()[-4:] for stream in streams]
+        assert ends == [b"end\n"] * 16
 
 
 @pytest.mark.parametrize("kind", ["piped", "rotated"])
@@ -5149,6 +5469,22 @@ def test_events_reach_all_clients_in_order_after_a_snapshot(
             assert seen[0] == ("state", "STOPPING")
 
 
+def test_events_tell_of_a_program_that_is_added_and_does_not_start(
+    supervise: Supervise,
+) -> None:
+    run = supervise(f"{FAST}[programs.web]\n{SLEEP}")
+    run.wait_state("web", "RUNNING")
+    with EventClient(run) as client:
+        assert client.read()[0] == "snapshot"
+        off = f"[programs.off]\n{SLEEP}autostart = false\n"
+        rewrite(run, f"{FAST}[programs.web]\n{SLEEP}{off}")
+        assert run.ask("/reload", "POST")[1]["added"] == ["off"]
+        run.ask("/programs/web/stop", "POST")
+        event, status = client.read()
+        assert event == "state"
+        assert (status["name"], status["state"]) == ("off", "STOPPED")
+
+
 FLAPPING = """
 command = "true"
 autorestart = true
@@ -5283,6 +5619,37 @@ assert signal.set_wakeup_fd(-1) == -1
     assert not (tmp_path / "s").exists()
 
 
+def test_supervisor_run_leaves_no_health_check_to_its_host(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "begun")
+    (tmp_path / "own.toml").write_text(f"""
+        listen = ""
+        control = ""
+        [programs.web]
+        command = {sh("read x < begun; exit 3")}
+        on_failure = "shutdown"
+        healthcheck.command = {sh("echo > begun; exec sleep 1000")}
+        healthcheck.timeout = 1000
+        """)
+    run_python(
+        tmp_path,
+        """
+import os, sys
+import supervisors
+
+sys.stderr = open(os.dup(2), "w")
+os.dup2(os.open("/dev/null", os.O_WRONLY), 2)
+code = supervisors.Supervisor(supervisors.load_config("own.toml")).run()
+assert code == 3, code
+try:
+    child = os.waitpid(-1, os.WNOHANG)
+except ChildProcessError:
+    pass
+else:
+    assert False, child
+""",
+    )
+
+
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
 def test_client_does_what_the_verbs_do(supervise: Supervise, kind: str) -> None:
     port = free_port()
@@ -5334,6 +5701,27 @@ client.shutdown()
         "sesame" if kind == "tcp" else "",
     )
     assert run.popen.wait(LIMIT) == 0
+
+
+def test_running_takes_any_mappings_and_any_text(tmp_path: Path) -> None:
+    shown = run_python(
+        tmp_path,
+        r"""
+import os, sys
+from types import MappingProxyType as Read
+import supervisors
+
+command = ["sh", "-c", 'echo "$FACE"']
+web = Read({"command": command, "environment": Read({"FACE": "\U0001f600"})})
+sys.stderr = open(os.dup(2), "w")
+os.dup2(os.open("/dev/null", os.O_WRONLY), 2)
+with supervisors.running(Read({"programs": Read({"web": web})})) as client:
+    while not (shown := client.logs("web")):
+        pass
+print(ascii(shown))
+""",
+    )
+    assert r"'\U0001f600\n'" in shown
 
 
 SUITE = """
@@ -6771,6 +7159,24 @@ def test_minimal_roots_are_enough(
 
 
 # === What a hostile review found ======================================================
+
+
+def test_supervisor_without_a_control_socket_hands_on_no_other_one_s(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    (tmp_path / "own.toml").write_text(f"""
+        listen = ""
+        control = ""
+        exit_when_done = true
+        [programs.inner]
+        command = {sh("env > env")}
+        """)
+    outer = {"SUPERVISOR_SERVER_URL": "unix:///outer", "OTHER": "kept"}
+    run = supervise("", ready=False, arguments=("own.toml",), env=outer)
+    assert run.popen.wait(LIMIT) == 0
+    names = {line.partition("=")[0] for line in lines(tmp_path / "env")}
+    assert "OTHER" in names
+    assert "SUPERVISOR_SERVER_URL" not in names
 
 
 def test_nothing_is_started_once_a_shutdown_has_begun(supervise: Supervise) -> None:
