@@ -518,11 +518,12 @@ def to_rlimits(table: Table) -> dict[str, int]:
 
 
 def to_health(table: Table) -> Health:
-    values, errors = read_table(declared(Health), table)
+    values, wrong = read_table(declared(Health), table)
+    errors = [f".{line}" for line in wrong]
     if len({"http", "tcp", "command"} & table.keys()) != 1:
-        raise ConfigError([": expected one of http, tcp and command"])
+        errors.append(": expected one of http, tcp and command")
     if errors:
-        raise ConfigError(f".{line}" for line in errors)
+        raise ConfigError(errors)
     return Health(**values)
 
 
@@ -1279,7 +1280,8 @@ class Sink:
             self.reopen()
         if self.fd < 0:
             self.fd = move_up(open_log(self.name, os.O_RDWR), self.lowest)
-            self.line = next(line_starts(self.fd, os.fstat(self.fd).st_size))
+            if self.maxbytes:
+                self.line = next(line_starts(self.fd, os.fstat(self.fd).st_size))
         self.size = os.fstat(self.fd).st_size  # may shrink; 0 for no regular file
         self.line = min(self.line, self.size)
 
@@ -1357,9 +1359,9 @@ class LogThread:
         self.selector.register(self.wake_read, selectors.EVENT_READ, wake_up)
         self.buffer = memoryview(bytearray(BUFFER))
         self.moved = 0  # bytes in this pass
-        self.sinks: dict[int | str, Sink] = {1: TerminalSink(1), 2: TerminalSink(2)}
-        if os.path.sameopenfile(1, 2):
-            self.sinks[1] = self.sinks[2]
+        self.sinks: dict[int | str, Sink] = {2: TerminalSink(2)}
+        one_place = os.path.sameopenfile(1, 2)  # then lines would mix in two sinks
+        self.sinks[1] = self.sinks[2] if one_place else TerminalSink(1)
         self.sources: dict[Source, bytes] = {}  # with what a next line begins with
         self.closing = float("inf")
         self.thread = threading.Thread(target=self.run, name="log", daemon=True)
@@ -2511,6 +2513,8 @@ class Process:
                 self.group = self.spawn(program.argv, *fds)
             except (OSError, ValueError, subprocess.SubprocessError) as error:
                 reason, code = why_not(program, program.argv, error)
+                # It was STARTING, though nobody was told: its end is news.
+                self.snapshot = self.snapshot._replace(status=self.status)
                 return SpawnFailed(f"cannot start {self.name}: {reason}", code)
         self.supervisor.children[self.group] = lambda code: self.ended(report, code)
         return Spawned(self.group)
@@ -2760,6 +2764,7 @@ class Supervisor:
         self.deadlines: dict[Callable[[], object], float] = {}
         self.calls: deque[Callable[[], object]] = deque()
         self.changes: deque[tuple[Process, Status | None]] = deque()  # see `spread`
+        self.removed: set[Output] = set()  # of programs, not closed yet
         self.leaderless: dict[int, Process] = {}  # by the group that lives on
         self.answering: set[Conversation] = set()  # that are about to send
         self.told_manager = ""
@@ -3045,7 +3050,7 @@ class Supervisor:
         """Start those that are to run, unless the end of one begins a shutdown."""
         for process in processes:
             if process.definition.autostart and not self.ending:
-                process.apply(Start())
+                self.guard(process.apply, Start())
                 self.react()
 
     def react(self) -> None:
@@ -3065,7 +3070,8 @@ class Supervisor:
                 del self.snapshots[name]
                 self.events.append(name)
                 # Its last lines may still be in the pipe.
-                self.at(time.monotonic() + FAREWELL, process.output.close)
+                self.removed.add(process.output)
+                self.at(time.monotonic() + FAREWELL, self.close_removed)
         if end:
             program, failed = process.program, has_failed(end)
             wish = program.on_failure if failed else program.on_success
@@ -3076,11 +3082,12 @@ class Supervisor:
         """Do what somebody wants of those programs that are still there."""
         names = [one.program.name for one in targets]
         chosen = [self.processes[name] for name in names if name in self.processes]
+        if isinstance(order, (Start, Restart)):
+            kept = [one for one in chosen if one.name in self.config.programs]
+            if reason := self.busy or ("" if kept else "it was removed"):
+                raise SupervisorError(f"cannot start {', '.join(names):.100}: {reason}")
+            chosen = kept
         for process in chosen:
-            if isinstance(order, (Start, Restart)):
-                gone = "" if process.name in self.config.programs else "it was removed"
-                if reason := self.busy or gone:
-                    raise SupervisorError(f"cannot start {process.name}: {reason}")
             if not isinstance(order, Signal):
                 process.apply(order)
             elif process.status.is_alive:
@@ -3203,9 +3210,14 @@ class Supervisor:
                     self.say(name, f"cannot reopen its log: {reason}", "warning")
         self.say("", "reopened the log files")
 
+    def close_removed(self) -> None:
+        while self.removed:
+            self.removed.pop().close()
+
     def release_followers(self) -> None:
         """Let streams send what there still is, and end."""
         self.events.close()
+        self.close_removed()
         for process in self.processes.values():
             process.output.close()
         end = time.monotonic() + FAREWELL
@@ -3276,10 +3288,13 @@ class Supervisor:
         have been gone for a while.
         """
         now, alive = time.monotonic(), self.alive()
-        needs = [name for one in alive for name in one.definition.needs]
-        for name in needs:  # grows: what is between two may have ended
+        needs = {name: None for one in alive for name in one.definition.needs}
+        names = list(needs)
+        for name in names:  # grows: what is between two may have ended
             if name in self.processes:
-                needs += {*self.processes[name].definition.needs}.difference(needs)
+                new = self.processes[name].definition.needs
+                names += [one for one in new if one not in needs]
+                needs |= dict.fromkeys(new)
         running = [one for one in alive if one.status.state is not State.STOPPING]
         for process in running:
             if process.name not in needs:
@@ -3596,7 +3611,7 @@ def parse_arguments(arguments: list[str]) -> tuple[str, list[str], dict[str, str
             raise ValueError(f"too {'few' if len(words) < least else 'many'} words")
         server = "" if "-c" in given else os.environ.get("SUPERVISOR_SERVER_URL", "")
         options = {"-c": DEFAULT_FILE, "-s": server, "-t": "60", "-n": "100", **given}
-        if options["-s"]:
+        if verb in VERBS and options["-s"]:
             parse_address(options["-s"])
         if verb == "signal":
             signal_number(words[0])
@@ -3630,7 +3645,9 @@ def main(arguments: list[str]) -> int:
         return Supervisor(config, level, private).run()
     except SupervisorError as error:
         print(*(error.errors or [f"supervisors: {error}"]), sep="\n", file=sys.stderr)
-        return 1 if "health" in (verb, *arguments) else error.code if verb else 2
+        if "health" in ([verb] if verb else arguments):
+            return 1
+        return error.code if verb else 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

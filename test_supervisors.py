@@ -383,6 +383,15 @@ TEN_KEYS = [
 ]
 
 
+def test_a_health_check_tells_all_its_mistakes() -> None:
+    errors = mistakes("programs.web = {command = 'a', healthcheck = {htp = 1}}")
+    where = "programs.web.healthcheck"
+    assert errors == [
+        f"{where}.htp: unknown key, did you mean 'http'?",
+        f"{where}: expected one of http, tcp and command",
+    ]
+
+
 def test_ten_mistakes_give_ten_located_errors() -> None:
     errors = mistakes(TEN_MISTAKES)
     assert len(errors) == len(TEN_KEYS)
@@ -4080,6 +4089,16 @@ def test_health_verb_is_0_or_1_and_nothing_else(supervise: Supervise) -> None:
     assert run_verb(run.folder, *before, "health", "--json").returncode == 1
     run.end()
     assert run_verb(run.folder, "health").returncode == 1
+    assert run_verb(run.folder, "stop", "health").returncode == 4
+
+
+def test_an_inherited_address_is_of_no_concern_to_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SUPERVISOR_SERVER_URL", "http://supervisor.example:9001")
+    (tmp_path / "supervisors.toml").write_text(f"[programs.web]\n{SLEEP}")
+    assert supervisors_py("check", cwd=tmp_path).returncode == 0
+    assert supervisors_py("status", cwd=tmp_path).returncode == 2
 
 
 def test_shutdown_verb_ends_the_supervisor_with_0(supervise: Supervise) -> None:
@@ -4518,6 +4537,19 @@ def test_reload_lets_a_program_run_on_whose_env_file_is_gone(
     assert (run.state("a"), run.status("a")["pid"]) == ("RUNNING", pid)
 
 
+def test_a_program_that_cannot_start_again_ends_again(supervise: Supervise) -> None:
+    check = "healthcheck = {command = 'touch checked'}"
+    config = f"[programs.web]\ncommand = '/none'\n{check}\n"
+    run = supervise(config)
+    run.wait_state("web", "FATAL")
+    run.ask("/programs/web/start", "POST")
+    rewrite(run, f"{config}on_failure = 'shutdown'")
+    run.ask("/reload", "POST")
+    assert run.popen.wait(LIMIT) == 127
+    # A check begins when a program is spawned, which it never was.
+    assert not (run.folder / "checked").exists()
+
+
 def test_reload_reports_what_changed_during_its_stop_once(supervise: Supervise) -> None:
     run = supervise(f"{FAST}[programs.web]\n{HARD_TO_STOP}")
     pid = run.wait_state("web", "RUNNING")["pid"]
@@ -4542,6 +4574,8 @@ def test_a_program_that_a_reload_removed_is_not_started_again(
         code, answer = run.ask(f"/programs/web/{verb}", "POST")
         assert code == 409
         assert "it was removed" in answer["error"]
+    code, answer = run.ask("/programs/all/restart?wait=30", "POST")
+    assert (code, [one["name"] for one in answer]) == (200, ["beside"])
     os.kill(pid, signal.SIGKILL)
     eventually(lambda: run.ask("/status/web")[0], 404)
 
