@@ -1080,6 +1080,7 @@ def blocked_by(others: Mapping[str, tuple[Program, Status]]) -> Blocked:
 LINE_LIMIT = 64 * 1024  # bytes; a longer line is cut where it gets a prefix
 COLOURS = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)  # SGR codes, cyan first
 
+STREAMS = ("stdout", "stderr")
 Format = Callable[[bytes, float], bytes]  # whole lines and the time (Unix), to bytes
 
 
@@ -1140,6 +1141,11 @@ def route(program: Program, stream: str, log_format: str) -> Route:
     unlimited = isinstance(target, int) or program.logfile_maxbytes == 0
     chosen = program.log_format or (log_format if isinstance(target, int) else "raw")
     return Route(target, chosen, path == os.devnull or (chosen == "raw" and unlimited))
+
+
+def routes(program: Program, log_format: str) -> list[Route]:
+    """Return where the two streams go, see `route`."""
+    return [route(program, stream, log_format) for stream in STREAMS]
 
 
 # === 5. Log files =====================================================================
@@ -2069,10 +2075,9 @@ def get_logs(supervisor: Supervisor, request: Request) -> Response:
         raise HttpError(400, "expected one program, not several")
     program, _, output, *_ = request.targets[0]
     name, stream = program.name, request.query.get("stream", "")
-    if stream not in ("", "stdout", "stderr"):
+    if stream not in ("", *STREAMS):
         raise HttpError(400, f"stream: expected stdout or stderr, got {stream!r}")
-    form = output.log_format
-    out, err = (route(program, one, form) for one in ("stdout", "stderr"))
+    out, err = routes(program, output.log_format)
     target, _, direct = err if stream == "stderr" else out
     if isinstance(target, str) and target != os.devnull:
         if stream and out.target == err.target:
@@ -2432,7 +2437,6 @@ SWEEP = 1.0  # seconds that orphans have once the programs are gone
 MOST_TEXT = 1000  # characters of STATUS=
 ASK_TIME = 10.0  # seconds for the main loop to answer a thread
 LEVELS = {"debug": 0, "info": 1, "warning": 2, "error": 3}
-STREAMS = ("stdout", "stderr")
 FOREVER = float("inf")
 
 
@@ -2523,9 +2527,9 @@ class Process:
         """Return standard output and error; `stack` closes them, and has pipes read."""
         supervisor, fds = self.supervisor, list[int]()
         self.output.log_format = log_format = supervisor.config.log_format
-        routes = [route(self.program, stream, log_format) for stream in STREAMS]
-        for stream, where in zip(STREAMS, routes):
-            if fds and where == routes[0] and where.log_format != "json":
+        found = routes(self.program, log_format)
+        for stream, where in zip(STREAMS, found):
+            if fds and where == found[0] and where.log_format != "json":
                 return fds * 2  # one pipe keeps the order of the two
             fd = where.target
             if isinstance(fd, str):
@@ -3041,7 +3045,7 @@ class Supervisor:
                 self.dependents[name].append(process)
         self.sharers: Counter[int | str] = Counter()  # of a target of output
         for program in programs.values():
-            for where in {route(program, s, self.config.log_format) for s in STREAMS}:
+            for where in set(routes(program, self.config.log_format)):
                 self.sharers[where.target] += 1
         for process in list(self.processes.values()):
             process.block()
@@ -3204,7 +3208,7 @@ class Supervisor:
         for sink in list(self.log.sinks.values()):
             self.log.post(sink.reopen)
         for name, program in self.config.programs.items():
-            for where in {route(program, s, self.config.log_format) for s in STREAMS}:
+            for where in set(routes(program, self.config.log_format)):
                 if where.direct and where.target not in (1, 2, os.devnull):
                     reason = f"{where.target} is held by the program itself: restart it"
                     self.say(name, f"cannot reopen its log: {reason}", "warning")
@@ -3288,13 +3292,13 @@ class Supervisor:
         have been gone for a while.
         """
         now, alive = time.monotonic(), self.alive()
-        needs = {name: None for one in alive for name in one.definition.needs}
+        needs = {name for one in alive for name in one.definition.needs}
         names = list(needs)
         for name in names:  # grows: what is between two may have ended
             if name in self.processes:
-                new = self.processes[name].definition.needs
-                names += [one for one in new if one not in needs]
-                needs |= dict.fromkeys(new)
+                new = {*self.processes[name].definition.needs} - needs
+                names += new
+                needs |= new
         running = [one for one in alive if one.status.state is not State.STOPPING]
         for process in running:
             if process.name not in needs:
