@@ -360,7 +360,7 @@ T = typing.TypeVar("T")
 # is read by `read_table`, which collects what is wrong instead of raising at the first
 # mistake. Values are immutable and compare by value: a reload compares with `!=`.
 
-VARIABLE = re.compile(r"\$(\$\{)|\$\{(?:([A-Za-z_]\w*)(?::-([^}]*))?\})?")
+VARIABLE = re.compile(r"\$(\$\{)|\$\{(?:([A-Za-z_]\w*)(?::-([^{}]*))?\})?")
 PLACE = "HOST:PORT with a number for HOST, [V6]:PORT, :PORT or unix:PATH"
 
 Table = Mapping[str, Any]
@@ -399,16 +399,17 @@ class Address(NamedTuple):  # a unix socket's path, or host and port
 
 
 def parse_address(text: str) -> Address:
-    """Return the address of a PLACE or a URL, without a look-up; raises ValueError."""
+    """Return the address of a PLACE or a URL, without a look-up; raises ValueError.
+
+    A host may be a name, which only a client can use: see `ADDRESSES`.
+    """
     if unix := re.fullmatch(r"unix:([^\0]+)", text):
         return Address(path=re.sub("^/+", "/", unix[1]))
     match = re.fullmatch(r"(?:http://)?(?:\[(.+)\]|([^:/]*)):(\d{1,5})/?", text)
     if match and int(match[3]) <= 65535:
         host = match[1] or match[2] or "::"
         host = "127.0.0.1" if host == "localhost" else host
-        with contextlib.suppress(OSError, ValueError):
-            socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
-            return Address(host=host, port=int(match[3]))
+        return Address(host=host, port=int(match[3]))
     raise ValueError(f"expected {PLACE}, got {text!r}")
 
 
@@ -438,20 +439,20 @@ def hint(name: str, known: Iterable[str]) -> str:
     return f", did you mean {near[0]!r}?" if near else ""
 
 
-def expand(value: Any, variables: Variables) -> Any:
+def expand(value: Any, variables: Variables, errors: list[str]) -> Any:
     """Replace `${NAME}` and `${NAME:-default}` in all strings; `$${` gives `${`."""
 
     def replace(match: re.Match[str]) -> str:
         literal, name, default = match.groups()
         if not literal and name not in variables and default is None:
             text = f": {match[0]} is not set; write $${{ for a literal ${{"
-            raise ConfigError([text])
+            errors.append(text)
         return literal or variables.get(name) or default or ""
 
     if isinstance(value, list):
-        return [expand(one, variables) for one in value]
+        return [expand(one, variables, errors) for one in value]
     if isinstance(value, dict):
-        return {key: expand(one, variables) for key, one in value.items()}
+        return {key: expand(one, variables, errors) for key, one in value.items()}
     return VARIABLE.sub(replace, value) if isinstance(value, str) else value
 
 
@@ -465,9 +466,12 @@ def read_table(
             errors.append(f"{key}: unknown key{hint(key, checks)}")
             continue
         expects, accepts, convert = checks[key]
+        unset: list[str] = []
         try:
             if variables is not None and checks[key] is not TABLE:
-                value = expand(value, variables)
+                value = expand(value, variables, unset)
+            if unset:
+                raise ConfigError(unset)
             found = convert(value)
             if not accepts(found):
                 raise ValueError
@@ -476,7 +480,7 @@ def read_table(
             errors += [key + line for line in error.errors]
         except RecursionError:
             errors.append(f"{key}: nested too deeply")
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, OSError, TypeError, ValueError):
             errors.append(f"{key}: expected {expects}, got {value!r:.80}")
     return values, errors
 
@@ -506,15 +510,31 @@ def to_size(value: int | str) -> int:  # raises ValueError
     return int(number) << 10 * "-KMG".index(unit or "-")
 
 
+def read_nested(checks: Mapping[str, Check], table: Table) -> dict[str, Any]:
+    """Return the values of a table in a table; raises ConfigError."""
+    values, errors = read_table(checks, table)
+    if errors:
+        raise ConfigError(f".{line}" for line in errors)
+    return values
+
+
 def to_rlimits(table: Table) -> dict[str, int]:
     """Return limits by the kernel's name for them; -1 is none (setrlimit(2))."""
     import resource
 
     names = [name[7:].lower() for name in dir(resource) if name.startswith("RLIMIT_")]
-    limits, errors = read_table(dict.fromkeys(names, LIMIT), table)
-    if errors:
-        raise ConfigError(f".{line}" for line in errors)
-    return limits
+    return read_nested(dict.fromkeys(names, LIMIT), table)
+
+
+def to_variables(table: Table) -> dict[str, str]:
+    return read_nested({name: STRING for name in table if is_variable(name)}, table)
+
+
+def is_place(text: str) -> bool:
+    """Return whether one can listen there, without a look-up; raises ValueError."""
+    host = parse_address(text or ":0").host
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return not host or bool(socket.inet_pton(family, host))
 
 
 def to_health(table: Table) -> Health:
@@ -531,16 +551,16 @@ is_text, is_path = re.compile(r"[^\0]*").fullmatch, re.compile(r"[^\0]+").fullma
 is_count, is_seconds = within(0, float("inf"), int), within(0, 1e9, int, float)
 is_words, is_id = list_of(is_text), within(0, 2**32 - 2, int)
 is_variable = re.compile(r"[^=\0]+").fullmatch
-is_pairs = list_of(lambda pair: is_variable(pair[0]) and is_text(pair[1]))
 to_list, split = if_text(lambda one: [one]), if_text(shlex.split)
 
 LIST = tuple[str, ...]
 TABLE = Check("a table", lambda one: isinstance(one, dict))
-LIMIT = Check('a size or "unlimited"', within(-1, float("inf"), int), to_size)
+LIMIT = Check('a size or "unlimited"', within(-1, 2**63 - 1, int), to_size)
 LIMITS = Check("a table of limits", TABLE.accepts, to_rlimits)
-VARIABLES = Check("a table of strings", lambda one: is_pairs([*one.items()]))
-ARGV = Check("a command", lambda argv: any(argv) and is_words(argv), split)
-ADDRESSES = Check(PLACE, list_of(lambda one: one == "" or parse_address(one)), to_list)
+STRING = Check("a string", is_text)
+VARIABLES = Check("a table of strings", TABLE.accepts, to_variables)
+ARGV = Check("a command", lambda argv: any(argv[:1]) and is_words(argv), split)
+ADDRESSES = Check(PLACE, list_of(is_place), to_list)
 INHERIT = Check("true, false or names", lambda one: type(one) is bool or is_words(one))
 CODES = Check("a list of codes from 0 to 255", list_of(within(0, 255, int)))
 USER = Check(
@@ -559,14 +579,14 @@ Nice = Annotated[int, Check("a whole number from -20 to 19", within(-20, 19, int
 Size = Annotated[int, Check('bytes, or a string such as "10MB"', is_count, to_size)]
 Seconds = Annotated[float, Check("seconds >= 0", is_seconds)]
 Interval = Annotated[float, Check("seconds > 0", lambda one: one and is_seconds(one))]
-String = Annotated[str, Check("a string", is_text)]
+String = Annotated[str, STRING]
 Path = Annotated[str, Check("a path", is_path)]
 Url = Annotated[str, Check("a URL", re.compile(r"https?://[^/\0][^\0]*").fullmatch)]
-HostPort = Annotated[str, Check("HOST:PORT", re.compile(r"[^\0]+:\d+").fullmatch)]
+HostPort = Annotated[str, Check("HOST:PORT", re.compile(r"[^\0]+:\d{1,5}").fullmatch)]
 LogFormat = Annotated[str, one_of("raw", "prefix", "timestamp", "json")]
 Ending = Annotated[str, one_of("ignore", "shutdown")]
 Words = Annotated[LIST, Check("a list of strings", is_words)]
-Some = Annotated[LIST, Check("a string or a list of strings", is_words, to_list)]
+Paths = Annotated[LIST, Check("a path or a list of paths", list_of(is_path), to_list)]
 
 
 class Health(NamedTuple):  # the table `healthcheck`: one of three probes, its times
@@ -591,7 +611,7 @@ class Program(NamedTuple):
     numprocs: Times = 1
     directory: Path | None = None
     environment: Annotated[Mapping[str, str], VARIABLES] = {}
-    env_file: Some = ()
+    env_file: Paths = ()
     inherit_env: Annotated[bool | LIST, INHERIT] = True
     user: Annotated[str | int | None, USER] = None
     group_name: Annotated[str | int | None, USER] = None
@@ -626,7 +646,7 @@ class Program(NamedTuple):
 
 
 class Config(NamedTuple):
-    """A whole configuration; `path` is the file's real path, "" if it has none."""
+    """A whole configuration; `path` is the file's absolute one, "" if it has none."""
 
     path: str = ""
     programs: Annotated[Mapping[str, Program], TABLE] = {}
@@ -644,10 +664,15 @@ class Config(NamedTuple):
 
 
 def read_program(
-    name: str, table: Table, defaults: Table, environ: Variables, errors: list[str]
+    where: str,
+    name: str,
+    table: Table,
+    defaults: Table,
+    environ: Variables,
+    errors: list[str],
 ) -> Iterator[Program]:
     """Yield the instances of a program, without the values that are wrong."""
-    where, checks, count, number = f"programs.{name}", declared(Program), 1, 0
+    checks, count, number = declared(Program), 1, 0
     if not re.fullmatch(r"[\w.-]+", name, re.ASCII) or name == "all":
         errors.append(f"{where}: expected letters, digits, '_', '-', '.'; not 'all'")
     if not isinstance(table, dict):
@@ -707,6 +732,7 @@ def parse_config(
     if values.get("token") and values.get("token_file"):
         errors.append("token_file: expected token or token_file, not both")
     defaults, tables = values.get("defaults", {}), dict(values.pop("programs", {}))
+    places = dict.fromkeys(tables, "")
     for key in defaults.keys() & {"command", "args"}:
         errors.append(f"defaults.{key}: expected in a program only")
     for file, content in included.items():
@@ -715,13 +741,14 @@ def parse_config(
         for name, table in found.get("programs", {}).items():
             if name in tables:
                 errors.append(f"{file}: programs.{name}: defined twice")
-            tables[name] = table
+            tables[name], places[name] = table, f"{file}: "
     numbered = {**environ, "PROCESS_NUM": "0"}
     wrong = read_table(declared(Program), defaults, numbered)[1]
     errors += [f"defaults.{line}" for line in wrong]
     groups = {}
     for name, table in tables.items():
-        groups[name] = [*read_program(name, table, defaults, environ, errors)]
+        where = f"{places[name]}programs.{name}"
+        groups[name] = [*read_program(where, name, table, defaults, environ, errors)]
     if not tables and not errors:
         errors.append("programs: expected at least one program")
     programs = resolve(groups, errors)
@@ -752,11 +779,14 @@ def load_config(path: str = "supervisors.toml", private: str = "") -> Config:
     for pattern in read_table(declared(Config), data, environ)[0].get("include", ()):
         import glob  # only where something is included
 
-        for file in sorted(glob.glob(os.path.join(os.path.dirname(path), pattern))):
+        folder = os.path.dirname(path)
+        for name in sorted(glob.glob(pattern, root_dir=folder or None)):
+            file = os.path.join(folder, name)
             included[file] = read_toml(file)
     try:
         config = parse_config(data, environ, included)
-        return config._replace(path=os.path.realpath(path))
+        # Not the real one: in Kubernetes what the name leads to changes, and vanishes.
+        return config._replace(path=os.path.abspath(path))
     except ConfigError as error:
         raise ConfigError(f"{path}: {line}" for line in error.errors) from None
 
@@ -1525,7 +1555,8 @@ MOST_FILES = 65536 if sys.platform == "linux" else 10240
 # KEY=VALUE, which quotes may stretch over lines; a comment; or, last, a wrong line.
 ENV_ENTRY = re.compile(
     r"""^[ \t]*(?:\#.*|(?:export[ \t]+)?([A-Za-z_][\w.-]*)[ \t]*=
-    (?:[ \t]*"((?:[^"\\]|\\[\s\S])*)"|[ \t]*'([^']*)'|((?![ \t]*["']).*?))
+    (?:[ \t]*"((?:[^"\\]|\\[\s\S])*)"|[ \t]*'((?:[^'\\]|\\[\s\S])*)'
+    |((?![ \t]*["']).*?))
     (?:[ \t]+\#.*)?)?[ \t]*$|(.+)""",
     re.VERBOSE | re.MULTILINE,
 )
@@ -1597,7 +1628,9 @@ def read_env_files(program: Program) -> Variables:
             if wrong:
                 number = text.count("\n", 0, match.start()) + 1
                 raise ValueError(f"{path}:{number}: expected KEY=VALUE")
-            double = re.sub(r"\\([\s\S])", lambda m: escapes.get(m[1], m[1]), double)
+            # Other backslashes stay, as in Compose.
+            double = re.sub(r'\\([nrt"$\\])', lambda m: escapes.get(m[1], m[1]), double)
+            single = single.replace("\\'", "'")
             if name:  # else it is a comment
                 variables[name] = double or single or bare.strip()
     return variables
@@ -1646,13 +1679,13 @@ def start_time(pid: int) -> str:
 
 
 def path_hash(path: str) -> str:
-    """Return the first 16 hex digits of the SHA-256 of a path."""
+    """Return the first 16 hex digits of the SHA-256 of a file's real path."""
     # hashlib, the public way, loads OpenSSL: 3.6 MB, for one hash. 3.12 has _sha2.
     for module in ("_sha2", "_sha256", "hashlib"):
         with contextlib.suppress(ImportError):
             sha256 = __import__(module).sha256
             break
-    return str(sha256(os.fsencode(path)).hexdigest()[:16])
+    return str(sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16])
 
 
 def find_leftovers(digest: str) -> dict[int, str]:
@@ -2409,7 +2442,7 @@ def bind(address: Address, private: bool = False) -> socket.socket:
 
 
 def control_path(control: str, path: str) -> str:
-    """Return the control socket of a configuration's real path; raises OSError."""
+    """Return the control socket of a configuration; raises OSError."""
     if control != "auto":
         return os.path.abspath(control) if control else ""
     user = os.geteuid()
@@ -2465,7 +2498,7 @@ class Process:
         self.name = program.name
         self.status = Status()
         self.group = 0  # the last run's
-        self.env_files: Variables = {}  # what it was started with of those
+        self.env_files: Variables | None = None  # what those said at its last start
         self.output = Output(REMEMBERED, LAG)
         self.colour = COLOURS[len(supervisor.processes) % len(COLOURS)]
         self.snapshot = Snapshot(program, self.status, self.output)
@@ -2506,6 +2539,7 @@ class Process:
         report: typing.BinaryIO = io.BytesIO()
         with contextlib.ExitStack() as stack:
             try:
+                self.env_files = {}
                 self.env_files = read_env_files(program)
                 fds = self.open_streams(stack)
                 if program.rlimits or program.nice is not None:
@@ -2573,7 +2607,7 @@ class Process:
             "PATH": os.defpath,
             **{name: text for name, text in inherited.items() if name in names},
             **account,
-            **self.env_files,
+            **(self.env_files or {}),
             **program.environment,
             "SUPERVISOR_PROCESS_NAME": program.name,
             "SUPERVISOR_GROUP_NAME": program.group,
@@ -2721,9 +2755,11 @@ class Process:
     def differs(self) -> bool:
         """Return whether it is defined otherwise, env_files included, than it runs."""
         new, env_files = self.definition, self.env_files
-        if self.group:
-            with contextlib.suppress(ValueError):  # no reason to end what runs
+        if env_files is not None:
+            try:
                 env_files = read_env_files(new)
+            except ValueError as error:  # no reason to end what runs
+                self.supervisor.say(self.name, str(error), "warning")
         same = new._replace(needs=self.program.needs) == self.program
         return not same or env_files != self.env_files
 
@@ -3474,7 +3510,7 @@ def connect(options: Mapping[str, str]) -> Client:
         any_host = re.compile(r"^(0\.0\.0\.0)?:")
         addresses = [any_host.sub("127.0.0.1:", one) for one in config.listen]
         with contextlib.suppress(OSError):
-            control = control_path(config.control, os.path.realpath(path))
+            control = control_path(config.control, path)
             addresses.insert(0, f"unix:{control}" if control else "")
     clients = [Client(address, token) for address in addresses if address]
     if not clients:

@@ -433,11 +433,14 @@ def test_ten_mistakes_are_printed_and_nothing_is_started(
         ("nice = 'low'", "nice"),
         ("rlimits = {nofiles = 1}", "rlimits.nofiles"),
         ("rlimits = {nofile = 'many'}", "rlimits.nofile"),
+        ("rlimits = {nofile = 99999999999999999999}", "rlimits.nofile"),
         ("type = 'forking'", "type"),
         ("watchdog_secs = 1", "watchdog_secs"),
         ("on_failure = 'reboot'", "on_failure"),
         ("exitcodes = 0", "exitcodes"),
-        ("environment = {PORT = 80}", "environment"),
+        ("environment = {A = 'a', PORT = 80}", "environment.PORT: "),
+        ("environment = {'A=B' = 'a'}", "environment.A=B: "),
+        ("env_file = ''", "env_file"),
         ("environment = ['PORT=80']", "environment"),
         ("inherit_env = 'PATH'", "inherit_env"),
         ("logfile_maxbytes = -1", "logfile_maxbytes"),
@@ -450,6 +453,7 @@ def test_ten_mistakes_are_printed_and_nothing_is_started(
         ("healthcheck = {}", "healthcheck"),
         ("healthcheck = {tcp = 'a:1', http = 'http://a'}", "healthcheck"),
         ("healthcheck = {tcp = 'nowhere'}", "healthcheck.tcp"),
+        ("healthcheck = {tcp = 'nowhere:800000'}", "healthcheck.tcp"),
         ("healthcheck = {http = 'ftp://a'}", "healthcheck.http"),
         ("healthcheck = {tcp = 'a:1', interval = 0}", "healthcheck.interval"),
         ("healthcheck = {tcp = 'a:1', retrys = 1}", "healthcheck.retrys"),
@@ -471,12 +475,14 @@ def test_impossible_value_is_an_error_with_its_key(keys: str, where: str) -> Non
         ("[programs.web]\ncommand = ''", "programs.web.command: "),
         ("[programs.web]\ncommand = []", "programs.web.command: "),
         ("[programs.web]\ncommand = ['a', 1]", "programs.web.command"),
+        ("[programs.web]\ncommand = ['', 'a']", "programs.web.command"),
         ('[programs.web]\ncommand = "it\'s"', "programs.web.command: "),
         ("[programs.'a b']\ncommand = 'a'", "programs.a b"),
         ("[programs.all]\ncommand = 'a'", "programs.all"),
         ("[program.web]\ncommand = 'a'", "did you mean 'programs'?"),
         ("listen = 3000\n[programs.web]\ncommand = 'a'", "listen: "),
         ("listen = 'a:b'\n[programs.web]\ncommand = 'a'", "listen: "),
+        ("listen = 'a:80'\n[programs.web]\ncommand = 'a'", "listen: "),
         ("listen = 'a:70000'\n[programs.web]\ncommand = 'a'", "listen: "),
         ("token = 'a'\ntoken_file = 'b'\n[programs.web]\ncommand = 'a'", "token"),
         ("log_format = 'xml'\n[programs.web]\ncommand = 'a'", "log_format: "),
@@ -601,6 +607,17 @@ def test_unset_variable_is_an_error_that_says_how_to_escape_it() -> None:
     assert "programs.web.command" in error
     assert "NOPE" in error
     assert "$${" in error
+
+
+def test_all_unset_variables_of_a_key_are_told() -> None:
+    found = mistakes("[programs.web]\ncommand = 'a'\nargs = ['${A_} ${B_}', '${C_}']")
+    assert [error.count("is not set") for error in found] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("text", ["${UNSET:-${A}}", "${A:-{a}}"])
+def test_a_default_with_braces_in_it_is_an_error(text: str) -> None:
+    (error,) = mistakes(f"[programs.web]\ncommand = 'a'\nargs = ['{text}']", A="x")
+    assert "programs.web.args" in error
 
 
 def test_program_takes_defaults_and_merges_the_environment() -> None:
@@ -732,6 +749,25 @@ def test_included_file_may_hold_programs_only(tmp_path: Path) -> None:
         loaded(path)
     (error,) = caught.value.errors
     assert "more.toml: listen" in error
+
+
+def test_error_in_an_included_file_names_it(tmp_path: Path) -> None:
+    (tmp_path / "more.toml").write_text("[programs.a]\ncommand = 'a'\nnice = 50\n")
+    path = tmp_path / "main.toml"
+    path.write_text("include = ['more.toml']\n[programs.b]\ncommand = 'b'\nnice = 50")
+    with pytest.raises(ConfigError) as caught:
+        loaded(path)
+    own, included = caught.value.errors
+    assert own.startswith(f"{path}: programs.b.nice")
+    assert included.startswith(f"{path}: {tmp_path}/more.toml: programs.a.nice")
+
+
+def test_include_is_relative_to_a_folder_of_whatever_name(tmp_path: Path) -> None:
+    folder = tmp_path / "[app]*"
+    folder.mkdir()
+    (folder / "more.toml").write_text("[programs.a]\ncommand = 'a'\n")
+    (folder / "main.toml").write_text("include = ['m?re.toml']\n")
+    assert list(loaded(folder / "main.toml").programs) == ["a"]
 
 
 def test_check_counts_the_programs(tmp_path: Path) -> None:
@@ -1407,7 +1443,7 @@ def test_limit_that_no_kernel_knows_is_a_reason_and_no_traceback(
     run = supervise("""
         [programs.web]
         command = "true"
-        rlimits = {nofile = 99999999999999999999}
+        rlimits = {nofile = 9223372036854775807}
         """)
     eventually(lambda: run.state("web"), lambda state: state in ("FATAL", "EXITED"))
     assert run.status("web")["reason"].startswith("cannot start web: ")
@@ -1813,6 +1849,7 @@ def test_environment_is_inherited_and_added_to(
     (tmp_path / "a.env").write_text(
         "# comment\n\nexport A=file\nB = file\n"
         "SINGLE='x $A ${A}'\nDOUBLE=\"x # y\"\nTAIL=x # comment\n"
+        'APOSTROPHE=\'Let\\\'s go!\'\nPATTERN="\\d+\\.js"\nESCAPED="a\\tb \\$A"\n'
     )
     keys = "env_file = 'a.env'\nenvironment = {B = 'own'}\nnumprocs = 1"
     env = variables(printed(tmp_path, supervise, "env; echo end", keys))
@@ -1820,6 +1857,8 @@ def test_environment_is_inherited_and_added_to(
     assert (env["A"], env["B"]) == ("file", "own")
     assert (env["SINGLE"], env["DOUBLE"]) == ("x $A ${A}", "x # y")
     assert env["TAIL"] == "x"
+    assert (env["APOSTROPHE"], env["PATTERN"]) == ("Let's go!", "\\d+\\.js")
+    assert env["ESCAPED"] == "a\tb $A"
     assert env["SUPERVISOR_ENABLED"] == "1"
     assert env["SUPERVISOR_PROCESS_NAME"] == env["SUPERVISOR_GROUP_NAME"] == "web"
     assert env["SUPERVISOR_SERVER_URL"] == f"unix://{tmp_path.resolve()}/s"
@@ -4095,10 +4134,16 @@ def test_health_verb_is_0_or_1_and_nothing_else(supervise: Supervise) -> None:
 def test_an_inherited_address_is_of_no_concern_to_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SUPERVISOR_SERVER_URL", "http://supervisor.example:9001")
+    monkeypatch.setenv("SUPERVISOR_SERVER_URL", "http://supervisor")
     (tmp_path / "supervisors.toml").write_text(f"[programs.web]\n{SLEEP}")
     assert supervisors_py("check", cwd=tmp_path).returncode == 0
     assert supervisors_py("status", cwd=tmp_path).returncode == 2
+
+
+def test_a_supervisor_may_be_asked_by_its_hosts_name(tmp_path: Path) -> None:
+    done = supervisors_py("-s", "nowhere.invalid:9001", "status", cwd=tmp_path)
+    assert done.returncode == 4
+    assert "no supervisor at nowhere.invalid:9001" in done.stderr
 
 
 def test_shutdown_verb_ends_the_supervisor_with_0(supervise: Supervise) -> None:
@@ -4535,6 +4580,43 @@ def test_reload_lets_a_program_run_on_whose_env_file_is_gone(
     answer = run.ask("/reload", "POST")[1]
     assert (answer["changed"], answer["unchanged"]) == ([], 1)
     assert (run.state("a"), run.status("a")["pid"]) == ("RUNNING", pid)
+    run.wait_err("a: cannot read 'a.env'")
+
+
+@pytest.mark.parametrize("text", ["", "PATH=/nowhere\n"])
+def test_reload_starts_what_could_not_start_for_its_env_file(
+    supervise: Supervise, tmp_path: Path, text: str
+) -> None:
+    if text:
+        (tmp_path / "a.env").write_text(text)
+    run = supervise(f'{FAST}[programs.a]\n{SLEEP}env_file = "a.env"')
+    run.wait_state("a", "FATAL")
+    (tmp_path / "a.env").write_text("A=2\n")
+    assert run.ask("/reload", "POST")[1]["changed"] == ["a"]
+    run.wait_state("a", "RUNNING")
+
+
+def test_reload_reads_what_the_files_name_leads_to_now(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    """As in Kubernetes, where `..data` comes to lead to a new folder."""
+    head = 'listen = ""\ncontrol = "s"\ninclude = ["more/*.toml"]\n'
+    for number in (1, 2):
+        folder = tmp_path / f"v{number}"
+        folder.mkdir()
+        text = f"{head}[programs.a{number}]\n{SLEEP}"
+        (folder / "supervisors.toml").write_text(text)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/b.toml").write_text(f"[programs.b]\n{SLEEP}")
+    (tmp_path / "data").symlink_to("v1")
+    (tmp_path / "app.toml").symlink_to("data/supervisors.toml")
+    run = supervise("", arguments=("app.toml",))
+    assert [one["name"] for one in run.status_all()] == ["a1", "b"]
+    (tmp_path / "data").unlink()
+    (tmp_path / "data").symlink_to("v2")
+    shutil.rmtree(tmp_path / "v1")
+    assert run.ask("/reload", "POST")[1]["added"] == ["a2"]
+    assert run.status("b")["running"]
 
 
 def test_a_program_that_cannot_start_again_ends_again(supervise: Supervise) -> None:
