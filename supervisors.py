@@ -83,6 +83,11 @@ def signal_number(name: str) -> int:
         raise ValueError(f"no such signal: {name!r}") from None
 
 
+def shell_code(code: int) -> int:
+    """Return an exit code as a shell has it: 128 + N in the place of -N, a signal."""
+    return code if code >= 0 else 128 - code
+
+
 def original_environ() -> dict[str, str]:
     """Return the environment without the LC_CTYPE that CPython may add (PEP 538)."""
     environ = dict(os.environ)
@@ -285,8 +290,7 @@ class Init:
                     os.kill(os.getpid(), signal.SIGSTOP)
                 self.resume()
             elif pid == self.pid:
-                code = os.waitstatus_to_exitcode(status)
-                self.code = code if code >= 0 else 128 - code
+                self.code = shell_code(os.waitstatus_to_exitcode(status))
         return bool(found == (0, 0))
 
     def sweep(self) -> None:
@@ -825,8 +829,7 @@ class Status(NamedTuple):
     announced: bool = False  # READY=1 was said in this run, or need not be
     failures: int = 0  # in a row
     restarts: int = 0  # automatic ones
-    exit_code: int | None = None
-    exit_signal: int | None = None
+    exit_code: int | None = None  # -N for signal N
     succeeded: bool = False  # EXITED as it should
     reason: str = ""
     status_text: str = ""
@@ -857,9 +860,8 @@ Restart = NamedTuple("Restart", [])  # a new run
 Due = NamedTuple("Due", [])  # the deadline of the status has come
 Spawned = NamedTuple("Spawned", [("pid", int)])
 SpawnFailed = NamedTuple("SpawnFailed", [("reason", str), ("code", int)])  # 127 or 126
-Exited = NamedTuple(  # the leader was reaped; some of its group may live on
-    "Exited", [("code", int | None), ("signal", int | None), ("survivors", bool)]
-)
+# The leader was reaped, with -N for signal N; some of its group may live on.
+Exited = NamedTuple("Exited", [("code", int), ("survivors", bool)])
 Emptied = NamedTuple("Emptied", [])  # the leader was reaped, its group is empty
 Ready = NamedTuple("Ready", [])  # it said READY=1
 Alive = NamedTuple("Alive", [])  # it said WATCHDOG=1
@@ -919,8 +921,7 @@ def step(program: Program, now: float, status: Status, event: Event) -> Step:
     if isinstance(event, SpawnFailed):
         assert state is State.STARTING
         status = status._replace(after=After.JUDGE, reason=event.reason)
-        status = status._replace(ran=-1.0, exit_code=event.code, exit_signal=None)
-        return judge(program, now, status)
+        return judge(program, now, status._replace(ran=-1.0, exit_code=event.code))
     if isinstance(event, Exited):
         return exited(program, now, status, event)
     if isinstance(event, Emptied):
@@ -980,11 +981,11 @@ def due(program: Program, now: float, status: Status) -> Step:
 
 def exited(program: Program, now: float, status: Status, event: Exited) -> Step:
     assert status.is_alive
-    status = status._replace(pid=None, ran=now - status.started)
-    status = status._replace(exit_code=event.code, exit_signal=event.signal)
+    ran = now - status.started
+    status = status._replace(pid=None, ran=ran, exit_code=event.code)
     actions: tuple[Action, ...] = ()
     if status.state is not State.STOPPING:
-        status = status._replace(after=After.JUDGE, reason=describe_end(status))
+        status = status._replace(after=After.JUDGE, reason=describe_end(event.code))
         status, actions = halt(program, now, status)
     if not event.survivors:
         return judge(program, now, status)
@@ -1044,14 +1045,14 @@ def checked(program: Program, now: float, status: Status, event: Checked) -> Ste
 
 
 def last_code(status: Status) -> int | None:
-    """Return how the last run ended: the code, or 128 plus the signal's number."""
-    return status.exit_code if status.exit_signal is None else 128 + status.exit_signal
+    """Return how the last run ended, as a shell has it; None if none has ended."""
+    return None if status.exit_code is None else shell_code(status.exit_code)
 
 
-def describe_end(status: Status) -> str:
-    if status.exit_signal is None:
-        return f"exit code {status.exit_code}"
-    return f"killed by {signal_name(status.exit_signal)}"
+def describe_end(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    return f"killed by {signal_name(-code)}"
 
 
 def signal_name(number: int) -> str:
@@ -1917,7 +1918,8 @@ def status_object(snapshot: Snapshot, now: float) -> dict[str, Any]:
     import datetime  # with the first answer
 
     program, status, output, started_at, changed_at = snapshot
-    number, due = status.exit_signal, status.deadline
+    code, due = status.exit_code, status.deadline
+    number = -min(code or 0, 0)  # of the signal that ended it
     words = [status.reason]  # after what supervisorctl's status has in its last column
     if status.state is State.RUNNING:
         uptime = datetime.timedelta(seconds=int(now - status.started))
@@ -1933,8 +1935,8 @@ def status_object(snapshot: Snapshot, now: float) -> dict[str, Any]:
         "uptime": round(now - status.started, 3) if status.is_alive else None,
         "started_at": timestamp(started_at) if started_at else None,
         "restarts": status.restarts, "failures": status.failures,
-        "exit_code": status.exit_code,
-        "exit_signal": None if number is None else signal_name(number),
+        "exit_code": None if number else code,
+        "exit_signal": signal_name(number) if number else None,
         "reason": status.reason, "status_text": status.status_text,
         "restart_in": round(max((due or now) - now, 0), 3) if backoff else None,
         "log_dropped_bytes": output.dropped,
@@ -2657,11 +2659,10 @@ class Process:
             self.status = self.status._replace(state=State.STARTING, pid=None)
             self.apply(SpawnFailed(f"cannot start {self.name}: {reason}", code))
         else:
-            number = None if code >= 0 else -code
             survivors = send(-self.group, 0)
             if survivors:
                 self.supervisor.leaderless[self.group] = self
-            self.apply(Exited(None if number else code, number, survivors))
+            self.apply(Exited(code, survivors))
 
     def check(self) -> None:
         """Begin a health check; or give up the one that is under way."""
@@ -2676,8 +2677,7 @@ class Process:
         take = functools.partial(self.take_result, self.check_began)
 
         def ended(code: int) -> None:
-            end = f"exit code {code}" if code > 0 else f"killed by {signal_name(-code)}"
-            take(end if code else "")
+            take(describe_end(code) if code else "")
 
         def ask() -> None:
             supervisor.post(functools.partial(take, probe(check)))
@@ -2733,7 +2733,7 @@ class Process:
             words = [status.state.value, pid, status.reason]
             backoff = status.state is State.BACKOFF
             if status.restarts > before.restarts and before.state is not State.BACKOFF:
-                words.append(f"after {describe_end(status)}")
+                words.append(f"after {describe_end(status.exit_code)}")
             if backoff and status.deadline is not None:
                 seconds = max(status.deadline - time.monotonic(), 0)
                 words.append(f"restart in {seconds:.2g} s")

@@ -880,7 +880,7 @@ def crash(web: Program, now: float, status: Status, ran: float) -> Status:
     status, _ = step(web, now, status, Spawned(100))
     if ran >= web.startsecs:
         status, _ = step(web, now + web.startsecs, status, Due())
-    status, _ = step(web, now + ran, status, Exited(1, None, False))
+    status, _ = step(web, now + ran, status, Exited(1, False))
     return status
 
 
@@ -924,7 +924,7 @@ def test_oneshot_runs_at_once() -> None:
 
 @pytest.mark.parametrize("code", [0, 1])
 def test_end_without_autorestart_is_final(code: int) -> None:
-    status, actions = follow(program(), *RUNNING, (5.0, Exited(code, None, False)))
+    status, actions = follow(program(), *RUNNING, (5.0, Exited(code, False)))
     assert (status.state, status.exit_code, status.pid) == (State.EXITED, code, None)
     assert (status.deadline, actions) == (None, ())
 
@@ -947,27 +947,27 @@ def test_unexecutable_program_with_autorestart_backs_off() -> None:
 
 
 @pytest.mark.parametrize(
-    ("autorestart", "code", "number", "final"),
+    ("autorestart", "code", "final"),
     [
-        ("true", 0, None, False),
-        ("true", 1, None, False),
-        ("true", None, signal.SIGKILL, False),
-        ("'unexpected'", 0, None, True),
-        ("'unexpected'", 7, None, True),
-        ("'unexpected'", 1, None, False),
-        ("'unexpected'", None, signal.SIGTERM, True),
-        ("'unexpected'", None, signal.SIGKILL, False),
-        ("false", 1, None, True),
+        ("true", 0, False),
+        ("true", 1, False),
+        ("true", -signal.SIGKILL, False),
+        ("'unexpected'", 0, True),
+        ("'unexpected'", 7, True),
+        ("'unexpected'", 1, False),
+        ("'unexpected'", -signal.SIGTERM, True),
+        ("'unexpected'", -signal.SIGKILL, False),
+        ("false", 1, True),
     ],
 )
 def test_autorestart_says_which_ends_are_final(
-    autorestart: str, code: int | None, number: int | None, final: bool
+    autorestart: str, code: int, final: bool
 ) -> None:
     web = program(f"autorestart = {autorestart}\nexitcodes = [0, 7, 143]")
-    status, actions = follow(web, *RUNNING, (5.0, Exited(code, number, False)))
+    status, actions = follow(web, *RUNNING, (5.0, Exited(code, False)))
     assert (status.state is State.EXITED) == final
     assert (orders(actions) == ["Spawn()"]) == (not final)
-    assert (status.exit_code, status.exit_signal) == (code, number)
+    assert status.exit_code == code
 
 
 def test_expected_end_of_a_good_run_is_no_failure_and_restarts_at_once() -> None:
@@ -978,7 +978,7 @@ def test_expected_end_of_a_good_run_is_no_failure_and_restarts_at_once() -> None
     status, _ = step(web, 3.0, status, Due())
     status, _ = step(web, 3.0, status, Spawned(101))
     status, _ = step(web, 4.0, status, Due())
-    status, actions = step(web, 5.0, status, Exited(0, None, False))
+    status, actions = step(web, 5.0, status, Exited(0, False))
     assert status.failures == 0
     assert orders(actions) == ["Spawn()"]
     assert status.restarts == 3
@@ -986,31 +986,31 @@ def test_expected_end_of_a_good_run_is_no_failure_and_restarts_at_once() -> None
 
 def test_expected_end_before_startsecs_is_a_failure() -> None:
     web = program("autorestart = true")
-    status, actions = follow(web, *STARTED, (0.9, Exited(0, None, False)))
+    status, actions = follow(web, *STARTED, (0.9, Exited(0, False)))
     assert (status.state, status.failures, actions) == (State.BACKOFF, 1, ())
 
 
 def test_end_just_before_startsecs_never_counts_as_stayed_up() -> None:
     web = program("autorestart = true\nstartsecs = 10")
-    status, actions = follow(web, *STARTED, (9.0, Exited(1, None, False)))
+    status, actions = follow(web, *STARTED, (9.0, Exited(1, False)))
     assert (status.state, status.failures, actions) == (State.BACKOFF, 1, ())
 
 
 def test_end_after_startsecs_is_judged_by_uptime_though_due_comes_late() -> None:
     web = program("autorestart = true")
-    status, actions = follow(web, *STARTED, (1.5, Exited(1, None, False)))
+    status, actions = follow(web, *STARTED, (1.5, Exited(1, False)))
     assert (status.failures, orders(actions)) == (1, ["Spawn()"])
 
 
 def test_first_failure_after_a_good_run_restarts_at_once() -> None:
     web = program("autorestart = true")
-    status, actions = follow(web, *RUNNING, (5.0, Exited(1, None, False)))
+    status, actions = follow(web, *RUNNING, (5.0, Exited(1, False)))
     assert (status.failures, status.restarts, orders(actions)) == (1, 1, ["Spawn()"])
 
 
 def test_second_failure_after_a_good_run_waits() -> None:
     web = program("autorestart = true")
-    status, _ = follow(web, *RUNNING, (5.0, Exited(1, None, False)))
+    status, _ = follow(web, *RUNNING, (5.0, Exited(1, False)))
     status = crash(web, 5.0, status, 5.0)
     assert (status.state, status.failures) == (State.BACKOFF, 2)
     assert status.deadline == pytest.approx(10.0 + 1.0, abs=0.1)
@@ -1018,12 +1018,12 @@ def test_second_failure_after_a_good_run_waits() -> None:
 
 def test_run_of_backoff_limit_clears_the_failures() -> None:
     web = program("autorestart = true\nbackoff_limit = 8")
-    status, _ = follow(web, *RUNNING, (5.0, Exited(1, None, False)))
+    status, _ = follow(web, *RUNNING, (5.0, Exited(1, False)))
     status = crash(web, 5.0, status, 5.0)
     status, _ = step(web, 11.5, status, Due())
     status, _ = step(web, 11.5, status, Spawned(101))
     status, _ = step(web, 12.5, status, Due())
-    status, actions = step(web, 20.0, status, Exited(1, None, False))
+    status, actions = step(web, 20.0, status, Exited(1, False))
     assert (status.failures, orders(actions)) == (1, ["Spawn()"])
 
 
@@ -1095,21 +1095,21 @@ def test_stop_that_overruns_is_killed_and_then_awaited() -> None:
     web = program("stopwaitsecs = 4")
     status, actions = follow(web, *RUNNING, (5.0, Stop()), (9.0, Due()))
     assert (status.state, orders(actions)) == (State.STOPPING, ["Kill()"])
-    status, _ = step(web, 9.1, status, Exited(None, signal.SIGKILL, False))
+    status, _ = step(web, 9.1, status, Exited(-signal.SIGKILL, False))
     assert status.state is State.STOPPED
 
 
 def test_requested_stop_is_never_a_failure() -> None:
     web = program("autorestart = true")
-    events = (*RUNNING, (5.0, Stop()), (5.1, Exited(None, signal.SIGTERM, False)))
+    events = (*RUNNING, (5.0, Stop()), (5.1, Exited(-signal.SIGTERM, False)))
     status, actions = follow(web, *events)
     assert (status.state, status.failures, actions) == (State.STOPPED, 0, ())
-    assert (status.exit_signal, status.pid) == (signal.SIGTERM, None)
+    assert (status.exit_code, status.pid) == (-signal.SIGTERM, None)
 
 
 def test_leader_that_leaves_its_group_behind_is_stopping_until_it_is_empty() -> None:
     web = program("autorestart = true\nstopwaitsecs = 4")
-    status, actions = follow(web, *RUNNING, (5.0, Exited(1, None, True)))
+    status, actions = follow(web, *RUNNING, (5.0, Exited(1, True)))
     assert (status.state, status.deadline) == (State.STOPPING, 9.0)
     assert orders(actions) == ["Signal(name='TERM')"]
     status, actions = step(web, 9.0, status, Due())
@@ -1121,20 +1121,20 @@ def test_leader_that_leaves_its_group_behind_is_stopping_until_it_is_empty() -> 
 
 def test_group_that_outlives_its_leader_does_not_lengthen_the_run() -> None:
     web = program("autorestart = true\nstopwaitsecs = 40")
-    events = (*STARTED, (0.5, Exited(1, None, True)), (30.0, Emptied()))
+    events = (*STARTED, (0.5, Exited(1, True)), (30.0, Emptied()))
     status, _ = follow(web, *events)
     assert (status.state, status.failures) == (State.BACKOFF, 1)
 
 
 def test_group_is_killed_at_once_where_only_the_leader_is_signalled() -> None:
     web = program("stopasgroup = false")
-    status, actions = follow(web, *RUNNING, (5.0, Exited(0, None, True)))
+    status, actions = follow(web, *RUNNING, (5.0, Exited(0, True)))
     assert (status.state, orders(actions)) == (State.STOPPING, ["Kill()"])
 
 
 def test_stop_of_a_program_whose_leader_is_gone_ends_stopped() -> None:
     web = program("autorestart = true")
-    events = (*RUNNING, (5.0, Exited(1, None, True)), (5.1, Stop()), (6.0, Emptied()))
+    events = (*RUNNING, (5.0, Exited(1, True)), (5.1, Stop()), (6.0, Emptied()))
     status, actions = follow(web, *events)
     assert (status.state, actions) == (State.STOPPED, ())
 
@@ -1155,7 +1155,7 @@ def test_start_in_backoff_spawns_at_once_and_clears_the_failures() -> None:
 
 @pytest.mark.parametrize("code", [0, 1])
 def test_start_of_an_exited_program_spawns_and_is_no_restart(code: int) -> None:
-    events = (*RUNNING, (5.0, Exited(code, None, False)), (6.0, Start()))
+    events = (*RUNNING, (5.0, Exited(code, False)), (6.0, Start()))
     status, actions = follow(program(), *events)
     assert (status.restarts, orders(actions)) == (0, ["Spawn()"])
 
@@ -1167,7 +1167,7 @@ def test_start_of_what_runs_does_nothing() -> None:
 
 @pytest.mark.parametrize("code", [0, 1])
 def test_stop_turns_an_exited_program_into_a_stopped_one(code: int) -> None:
-    events = (*RUNNING, (5.0, Exited(code, None, False)), (6.0, Stop()))
+    events = (*RUNNING, (5.0, Exited(code, False)), (6.0, Stop()))
     status, actions = follow(program(), *events)
     assert (status.state, actions) == (State.STOPPED, ())
 
@@ -1177,7 +1177,7 @@ def test_start_while_stopping_wins_when_it_is_the_last_word() -> None:
     events = (*RUNNING, (5.0, Stop()), (5.1, Start()))
     status, actions = follow(web, *events)
     assert (status.state, actions) == (State.STOPPING, ())
-    _, actions = step(web, 5.2, status, Exited(None, signal.SIGTERM, False))
+    _, actions = step(web, 5.2, status, Exited(-signal.SIGTERM, False))
     assert orders(actions) == ["Spawn()"]
 
 
@@ -1185,7 +1185,7 @@ def test_stop_while_restarting_wins_when_it_is_the_last_word() -> None:
     web = program("autorestart = true")
     events = (*RUNNING, (5.0, Restart()), (5.1, Start()), (5.2, Stop()))
     status, actions = follow(web, *events)
-    status, actions = step(web, 5.3, status, Exited(None, signal.SIGTERM, False))
+    status, actions = step(web, 5.3, status, Exited(-signal.SIGTERM, False))
     assert (status.state, actions) == (State.STOPPED, ())
 
 
@@ -1194,7 +1194,7 @@ def test_restart_stops_and_spawns_again_without_counting() -> None:
     status, actions = follow(web, *RUNNING, (5.0, Restart()))
     assert status.state is State.STOPPING
     assert orders(actions) == ["Signal(name='TERM')"]
-    status, actions = step(web, 5.1, status, Exited(None, signal.SIGTERM, False))
+    status, actions = step(web, 5.1, status, Exited(-signal.SIGTERM, False))
     assert (status.restarts, status.failures, orders(actions)) == (0, 0, ["Spawn()"])
 
 
@@ -1227,8 +1227,8 @@ EVENTS: dict[str, list[supervisors.Event]] = {
     "Spawned": [Spawned(100)],
     "SpawnFailed": [SpawnFailed("no such command: 'web'", 127)],
     "Exited": [
-        Exited(code, number, survivors)
-        for code, number in [(0, None), (1, None), (None, signal.SIGKILL)]
+        Exited(code, survivors)
+        for code in (0, 1, -signal.SIGKILL)
         for survivors in (False, True)
     ],
     "Emptied": [Emptied()],
@@ -1299,7 +1299,7 @@ def test_step_does_what_its_table_says(event: str, name: str) -> None:
 def test_state_machine_depends_on_differences_of_its_clock_only(year: float) -> None:
     """`now` is monotonic time from wherever it starts: the wall clock plays no part."""
     web = program("autorestart = true")
-    events = (*RUNNING, (5.0, Exited(1, None, False)), (5.0, Spawned(101)))
+    events = (*RUNNING, (5.0, Exited(1, False)), (5.0, Spawned(101)))
     here, _ = follow(web, *events)
     there, _ = follow(web, *((now + year, event) for now, event in events))
     assert there.deadline == pytest.approx((here.deadline or 0) + year)
@@ -3740,10 +3740,10 @@ class World:
     def exit(self, survivors: bool) -> None:
         self.leader, self.members = None, survivors
         if self.random.random() < 0.2:
-            self.feed(supervisors.Exited(None, 9, survivors))
+            self.feed(supervisors.Exited(-9, survivors))
         else:
             code = self.random.choice([0, 0, 1, 3])
-            self.feed(supervisors.Exited(code, None, survivors))
+            self.feed(supervisors.Exited(code, survivors))
 
     def empty(self) -> None:
         self.members = False
