@@ -870,7 +870,7 @@ Happening = Due | Spawned | SpawnFailed | Exited | Emptied | Blocked
 Event = Start | Stop | Restart | Happening | Ready | Alive | Text | Checked
 # Actions. Spawn is answered with Spawned or SpawnFailed before any other event; a
 # signal goes to the group, or to the leader where `stopasgroup` is false; a Kill is
-# SIGKILL to the group, answered with Emptied if that was empty.
+# SIGKILL to the group.
 Spawn = NamedTuple("Spawn", [])
 Signal = NamedTuple("Signal", [("name", str)])
 Kill = NamedTuple("Kill", [])
@@ -892,7 +892,7 @@ def step(program: Program, now: float, status: Status, event: Event) -> Step:
         Spawned     !       !       =|RUNNING !         !       !        !       !
         SpawnFailed !       !       end       !         !       !        !       !
         Exited      !       !       end|STOPPING end|STOPPING ! end|=    !       !
-        Emptied     =       =       =         =         =       end      =       =
+        Emptied     !       !       !         !         !       end      !       !
         Blocked     =       =|begin =         =         =       =        =       =
         Ready       =       =       =|RUNNING =         =       =        =       =
         Alive       =       =       =         =         =       =        =       =
@@ -925,8 +925,8 @@ def step(program: Program, now: float, status: Status, event: Event) -> Step:
     if isinstance(event, Exited):
         return exited(program, now, status, event)
     if isinstance(event, Emptied):
-        over = state is State.STOPPING
-        return judge(program, now, status) if over else (status, ())
+        assert state is State.STOPPING
+        return judge(program, now, status)
     if isinstance(event, Blocked):
         status = status._replace(blocked=event.reason, blocked_as=event.cause)
         return begin(status) if state is State.WAITING else (status, ())
@@ -2524,8 +2524,8 @@ class Process:
                 # A stopped process takes no signal but SIGCONT.
                 self.signal(signal_number(action.name))
                 self.signal(signal.SIGCONT)
-            elif not send(-self.group, signal.SIGKILL) and self.status.pid is None:
-                self.apply(Emptied())
+            else:
+                send(-self.group, signal.SIGKILL)
         self.supervisor.at(self.status.deadline, self.wake)
         self.publish()
 
@@ -2659,10 +2659,7 @@ class Process:
             self.status = self.status._replace(state=State.STARTING, pid=None)
             self.apply(SpawnFailed(f"cannot start {self.name}: {reason}", code))
         else:
-            survivors = send(-self.group, 0)
-            if survivors:
-                self.supervisor.leaderless[self.group] = self
-            self.apply(Exited(code, survivors))
+            self.apply(Exited(code, survivors=send(-self.group, 0)))
 
     def check(self) -> None:
         """Begin a health check; or give up the one that is under way."""
@@ -2805,7 +2802,6 @@ class Supervisor:
         self.calls: deque[Callable[[], object]] = deque()
         self.changes: deque[tuple[Process, Status | None]] = deque()  # see `spread`
         self.removed: set[Output] = set()  # of programs, not closed yet
-        self.leaderless: dict[int, Process] = {}  # by the group that lives on
         self.answering: set[Conversation] = set()  # that are about to send
         self.told_manager = ""
         self.connections = [threading.Semaphore(most) for most in MOST_CONNECTIONS]
@@ -3036,13 +3032,13 @@ class Supervisor:
         for pid, status in ends:
             if pid in self.children:
                 self.guard(self.children.pop(pid), os.waitstatus_to_exitcode(status))
-        for group, process in list(self.leaderless.items()):
-            if not group_lives(group):
-                del self.leaderless[group]
-                if process.group == group:
-                    process.apply(Emptied())
+        stopping = [one for one in self.alive() if one.status.state is State.STOPPING]
+        leaderless = [one for one in stopping if one.status.pid is None]
+        for process in leaderless:
+            if not group_lives(process.group):
+                process.apply(Emptied())
         # Not every end makes a SIGCHLD.
-        self.at(time.monotonic() + TICK if self.leaderless else None, self.reap)
+        self.at(time.monotonic() + TICK if leaderless else None, self.reap)
 
     def alive(self) -> list[Process]:
         return [one for one in self.processes.values() if one.status.is_alive]
