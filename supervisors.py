@@ -835,15 +835,14 @@ class Status(NamedTuple):
     status_text: str = ""
     healthy: bool | None = None
     checks_failed: int = 0  # in a row
-    blocked: str = ""  # what it would have to wait for
-    blocked_as: str = ""  # "failing" or "failed", if the verdict on one of those is
+    blocked_as: str = ""  # "failing" or "failed", if what it waits for is
 
     @property
     def is_alive(self) -> bool:
         return self.state in (State.STARTING, State.RUNNING, State.STOPPING)
 
 
-class Blocked(NamedTuple):  # what it depends on is not ready; or is: no reason
+class Blocked(NamedTuple):  # what it depends on is not ready
     reason: str
     cause: str = ""  # the worst verdict on those, "failing" or "failed"
 
@@ -857,7 +856,7 @@ class Checked(NamedTuple):  # a health check passed, or failed
 Start = NamedTuple("Start", [])  # somebody wants it to run
 Stop = NamedTuple("Stop", [])  # not to run
 Restart = NamedTuple("Restart", [])  # a new run
-Due = NamedTuple("Due", [])  # the deadline of the status has come
+Due = NamedTuple("Due", [])  # the deadline has come, or what it waits for has changed
 Spawned = NamedTuple("Spawned", [("pid", int)])
 SpawnFailed = NamedTuple("SpawnFailed", [("reason", str), ("code", int)])  # 127 or 126
 # The leader was reaped, with -N for signal N; some of its group may live on.
@@ -868,9 +867,9 @@ Alive = NamedTuple("Alive", [])  # it said WATCHDOG=1
 Text = NamedTuple("Text", [("text", str)])  # it said STATUS=text
 Happening = Due | Spawned | SpawnFailed | Exited | Emptied | Blocked
 Event = Start | Stop | Restart | Happening | Ready | Alive | Text | Checked
-# Actions. Spawn is answered with Spawned or SpawnFailed before any other event; a
-# signal goes to the group, or to the leader where `stopasgroup` is false; a Kill is
-# SIGKILL to the group.
+# Actions. Spawn is answered with Blocked, Spawned or SpawnFailed before any other
+# event; a signal goes to the group, or to the leader where `stopasgroup` is false; a
+# Kill is SIGKILL to the group.
 Spawn = NamedTuple("Spawn", [])
 Signal = NamedTuple("Signal", [("name", str)])
 Kill = NamedTuple("Kill", [])
@@ -881,19 +880,19 @@ Step = tuple[Status, tuple[Action, ...]]
 def step(program: Program, now: float, status: Status, event: Event) -> Step:
     """Return the status after an event, and what is to be done.
 
-    `begin` is STARTING, or WAITING while a dependency is not ready; `end` is what
-    `judge` decides; `=` stays; `!` cannot happen. Where there are two, it depends.
+    `begin` is STARTING, with the action Spawn; `end` is what `judge` decides; `=`
+    stays; `!` cannot happen. Where there are two, it depends.
 
                     STOPPED WAITING STARTING  RUNNING   BACKOFF STOPPING EXITED  FATAL
         Start       begin   =       =         =         begin   =        begin   begin
         Stop        =       STOPPED STOPPING  STOPPING  STOPPED =        STOPPED STOPPED
         Restart     begin   begin   STOPPING  STOPPING  begin   =        begin   begin
-        Due         =       =       =|RUNNING =|STOPPING =|begin =       =       =
+        Due         =       begin   =|RUNNING =|STOPPING =|begin =       =       =
         Spawned     !       !       =|RUNNING !         !       !        !       !
         SpawnFailed !       !       end       !         !       !        !       !
         Exited      !       !       end|STOPPING end|STOPPING ! end|=    !       !
         Emptied     !       !       !         !         !       end      !       !
-        Blocked     =       =|begin =         =         =       =        =       =
+        Blocked     !       !       WAITING   !         !       !        !       !
         Ready       =       =       =|RUNNING =         =       =        =       =
         Alive       =       =       =         =         =       =        =       =
         Text        =       =       =         =         =       =        =       =
@@ -928,8 +927,9 @@ def step(program: Program, now: float, status: Status, event: Event) -> Step:
         assert state is State.STOPPING
         return judge(program, now, status)
     if isinstance(event, Blocked):
-        status = status._replace(blocked=event.reason, blocked_as=event.cause)
-        return begin(status) if state is State.WAITING else (status, ())
+        assert state is State.STARTING
+        status = status._replace(state=State.WAITING, reason=event.reason)
+        return status._replace(blocked_as=event.cause), ()
     if isinstance(event, (Ready, Alive)):
         awaited = program.type == "notify" and state is State.STARTING
         if awaited and isinstance(event, Ready):
@@ -945,12 +945,10 @@ def step(program: Program, now: float, status: Status, event: Event) -> Step:
 
 
 def begin(status: Status, automatic: bool = False) -> Step:
-    """Start a run, or wait for what it depends on."""
-    state = State.WAITING if status.blocked else State.STARTING
     restarts = status.restarts + automatic
-    status = status._replace(state=state, deadline=None, restarts=restarts)
+    status = status._replace(state=State.STARTING, deadline=None, restarts=restarts)
     status = status._replace(announced=False, status_text="", checks_failed=0)
-    return status._replace(reason=status.blocked), () if status.blocked else (Spawn(),)
+    return status._replace(reason=""), (Spawn(),)
 
 
 def halt(program: Program, now: float, status: Status) -> Step:
@@ -962,6 +960,8 @@ def halt(program: Program, now: float, status: Status) -> Step:
 def due(program: Program, now: float, status: Status) -> Step:
     """Do what the deadline of a state was for, if it has come."""
     state = status.state
+    if state is State.WAITING:
+        return begin(status)
     if status.deadline is None or now < status.deadline:
         return status, ()
     if state is State.STARTING:
@@ -1090,7 +1090,7 @@ def is_ready(program: Program, status: Status) -> bool:
     return verdict(program, status) == "ok"
 
 
-def blocked_by(others: Mapping[str, tuple[Program, Status]]) -> Blocked:
+def blocked_by(others: Mapping[str, tuple[Program, Status]]) -> Blocked | None:
     """Return what a program has to wait for: those of its dependencies not ready."""
     waits, verdicts = [], set[str]()
     for name, (other, status) in others.items():
@@ -1100,7 +1100,7 @@ def blocked_by(others: Mapping[str, tuple[Program, Status]]) -> Blocked:
             waits.append(f"{name} ({': '.join(words)})")
             verdicts.add(verdict(other, status))
     cause = min(verdicts & {"failed", "failing"}, default="")  # the graver is smaller
-    return Blocked("waiting for " + ", ".join(waits) if waits else "", cause)
+    return Blocked("waiting for " + ", ".join(waits), cause) if waits else None
 
 
 # === 4. Log text ======================================================================
@@ -2506,7 +2506,6 @@ class Process:
         self.snapshot = Snapshot(program, self.status, self.output)
         self.check_began: float | None = None  # of the one that is under way
         self.check_pid = 0  # of its command
-        self.wake = functools.partial(self.apply, Due())
 
     @property
     def definition(self) -> Program:
@@ -2526,7 +2525,7 @@ class Process:
                 self.signal(signal.SIGCONT)
             else:
                 send(-self.group, signal.SIGKILL)
-        self.supervisor.at(self.status.deadline, self.wake)
+        self.supervisor.at(self.status.deadline, self.renew)
         self.publish()
 
     def signal(self, number: int) -> None:
@@ -2535,8 +2534,12 @@ class Process:
             send(target, number)
 
     def start_run(self) -> Event:
-        """Start the program as it is defined now."""
+        """Start the program as it is defined now, unless it has to wait."""
         self.program = program = self.definition
+        known = self.supervisor.snapshots
+        needs = {name: known[name][:2] for name in program.needs if name in known}
+        if blocked := blocked_by(needs):
+            return blocked
         self.plan_check(time.monotonic())
         report: typing.BinaryIO = io.BytesIO()
         with contextlib.ExitStack() as stack:
@@ -2739,15 +2742,11 @@ class Process:
         final = new_state and status.state in (State.EXITED, State.FATAL)
         supervisor.changes.append((self, status if final else None))
 
-    def block(self) -> None:
-        """Learn anew what it is, unless it runs, and what it has to wait for."""
+    def renew(self) -> None:
+        """Become what is defined now, unless it runs; go on if it need not wait."""
         if not self.status.is_alive:
             self.program = self.definition
-        known, needs = self.supervisor.snapshots, self.definition.needs
-        event = blocked_by({name: known[name][:2] for name in needs if name in known})
-        known_event = (self.status.blocked, self.status.blocked_as)
-        if event != known_event or self.program is not self.snapshot.program:
-            self.apply(event)
+        self.apply(Due())
 
     def differs(self) -> bool:
         """Return whether it is defined otherwise, env_files included, than it runs."""
@@ -2760,13 +2759,11 @@ class Process:
         same = new._replace(needs=self.program.needs) == self.program
         return not same or env_files != self.env_files
 
-    def renew(self) -> None:
-        """Become what is defined now, with a new run if it was to be running."""
+    def restart(self) -> None:
+        """Run as it is defined now, if it was to be running."""
         status, program = self.status, self.definition
         over = status.state in (State.EXITED, State.FATAL)
-        wanted = program.autostart if over else verdict(program, status)
-        self.block()
-        if wanted and status.state is not State.WAITING:  # that goes on as the new one
+        if program.autostart if over else verdict(program, status):
             self.apply(Restart())
 
 
@@ -3080,7 +3077,7 @@ class Supervisor:
             for where in set(routes(program, self.config.log_format)):
                 self.sharers[where.target] += 1
         for process in list(self.processes.values()):
-            process.block()
+            process.renew()
 
     def start(self, processes: Iterable[Process]) -> None:
         """Start those that are to run, unless the end of one begins a shutdown."""
@@ -3098,9 +3095,9 @@ class Supervisor:
         """Do what the change of one program, or its final end, means to the others."""
         name = process.name
         for dependent in self.dependents[name]:
-            dependent.block()
+            dependent.renew()
         if not process.status.is_alive:
-            process.block()  # it may be defined otherwise by now
+            process.renew()  # it may be defined otherwise by now
             if name in self.processes and name not in self.config.programs:
                 del self.processes[name]
                 del self.snapshots[name]
@@ -3231,7 +3228,7 @@ class Supervisor:
             self.changes.append((known[name], None))
         for name in changed:
             if name not in waited and not self.ending:
-                known[name].renew()
+                known[name].restart()
         self.start(self.processes[name] for name in added)
         result = {"added": added, "changed": changed, "removed": removed}
         return {**result, "unchanged": len(programs) - len(added) - len(changed)}

@@ -1216,7 +1216,7 @@ def documented_transitions() -> dict[tuple[str, str], list[str]]:
 
 
 TRANSITIONS = documented_transitions()
-BEGIN = {State.STARTING, State.WAITING}
+BEGIN = {State.STARTING}
 END = BEGIN | {State.STOPPED, State.BACKOFF, State.EXITED, State.FATAL}
 
 EVENTS: dict[str, list[supervisors.Event]] = {
@@ -1232,7 +1232,7 @@ EVENTS: dict[str, list[supervisors.Event]] = {
         for survivors in (False, True)
     ],
     "Emptied": [Emptied()],
-    "Blocked": [Blocked(""), Blocked("waiting for db")],
+    "Blocked": [Blocked("waiting for db"), Blocked("waiting for db", "failed")],
     "Ready": [Ready()],
     "Alive": [Alive()],
     "Text": [Text("hello")],
@@ -1262,9 +1262,7 @@ def situations(state: State) -> Iterator[tuple[Program, Status]]:
         idle = state is State.RUNNING and web.watchdog_secs is None
         for deadline in (None,) if idle else (None, 50.0, 150.0):
             for after in supervisors.After:
-                for blocked in ("", "waiting for db"):
-                    status = Status(state, deadline=deadline, after=after)
-                    yield web, status._replace(blocked=blocked)
+                yield web, Status(state, deadline=deadline, after=after)
 
 
 def test_table_of_transitions_names_all_states_and_events() -> None:
@@ -3733,6 +3731,8 @@ class World:
         assert not self.members, "started while its old group lives"
         if self.random.random() < 0.1:
             return supervisors.SpawnFailed("no such command", 127)
+        if self.random.random() < 0.2:
+            return supervisors.Blocked("waiting for db")
         self.pids += 1
         self.leader, self.members = self.pids, True
         return supervisors.Spawned(self.pids)
@@ -3767,8 +3767,6 @@ class World:
             lambda: self.order(supervisors.Start(), True),
             lambda: self.order(supervisors.Stop(), False),
             lambda: self.order(supervisors.Restart(), True),
-            lambda: self.feed(supervisors.Blocked("waiting for db")),
-            lambda: self.feed(supervisors.Blocked("")),
             lambda: self.feed(supervisors.Ready()),
             lambda: self.feed(supervisors.Alive()),
             lambda: self.feed(supervisors.Text("busy")),
@@ -3797,7 +3795,6 @@ class World:
         elif status.state is state.STARTING:
             assert (deadline is None) == (self.program.type == "notify")
         elif status.state is state.WAITING:
-            assert status.blocked
             assert status.reason
         elif self.program.watchdog_secs is not None:
             assert deadline is not None
