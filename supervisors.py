@@ -842,21 +842,13 @@ class Status(NamedTuple):
         return self.state in (State.STARTING, State.RUNNING, State.STOPPING)
 
 
-class Blocked(NamedTuple):  # what it depends on is not ready
-    reason: str
-    cause: str = ""  # the worst verdict on those, "failing" or "failed"
-
-
-class Checked(NamedTuple):  # a health check passed, or failed
-    passed: bool
-    detail: str = ""
-
-
-# The other events.
+# Events.
 Start = NamedTuple("Start", [])  # somebody wants it to run
 Stop = NamedTuple("Stop", [])  # not to run
 Restart = NamedTuple("Restart", [])  # a new run
 Due = NamedTuple("Due", [])  # the deadline has come, or what it waits for has changed
+# What it depends on is not ready; the worst verdict on it, "failing" or "failed".
+Blocked = NamedTuple("Blocked", [("reason", str), ("cause", str)])
 Spawned = NamedTuple("Spawned", [("pid", int)])
 SpawnFailed = NamedTuple("SpawnFailed", [("reason", str), ("code", int)])  # 127 or 126
 # The leader was reaped, with -N for signal N; some of its group may live on.
@@ -865,7 +857,8 @@ Emptied = NamedTuple("Emptied", [])  # the leader was reaped, its group is empty
 Ready = NamedTuple("Ready", [])  # it said READY=1
 Alive = NamedTuple("Alive", [])  # it said WATCHDOG=1
 Text = NamedTuple("Text", [("text", str)])  # it said STATUS=text
-Happening = Due | Spawned | SpawnFailed | Exited | Emptied | Blocked
+Checked = NamedTuple("Checked", [("problem", str)])  # of a health check; "" it passed
+Happening = Due | Blocked | Spawned | SpawnFailed | Exited | Emptied
 Event = Start | Stop | Restart | Happening | Ready | Alive | Text | Checked
 # Actions. Spawn is answered with Blocked, Spawned or SpawnFailed before any other
 # event; a signal goes to the group, or to the leader where `stopasgroup` is false; a
@@ -1030,16 +1023,16 @@ def checked(program: Program, now: float, status: Status, event: Checked) -> Ste
     check, failed = program.healthcheck, status.checks_failed + 1
     if check is None or status.state not in (State.STARTING, State.RUNNING):
         return status, ()
-    if event.passed:
+    if not event.problem:
         reason = "" if status.announced else AWAITS_READY
         return status._replace(healthy=True, checks_failed=0, reason=reason), ()
     # As in Compose, the start period ends with the first check that passes.
     if status.healthy is None and now < status.started + check.start_period:
-        return status._replace(reason=f"not yet healthy: {event.detail}"), ()
+        return status._replace(reason=f"not yet healthy: {event.problem}"), ()
     status = status._replace(checks_failed=failed)
     if failed < check.retries:
-        return status._replace(reason=f"check failed: {event.detail}"), ()
-    reason = f"unhealthy: {event.detail}"
+        return status._replace(reason=f"check failed: {event.problem}"), ()
+    reason = f"unhealthy: {event.problem}"
     status = status._replace(healthy=False, after=After.FAIL, reason=reason)
     return (status, ()) if program.autorestart is False else halt(program, now, status)
 
@@ -2692,12 +2685,12 @@ class Process:
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             take(why_not(self.program, check.command, error)[0])
 
-    def take_result(self, began: float, detail: str) -> None:
+    def take_result(self, began: float, problem: str) -> None:
         """Take what a check found, "" if it passed, and set the time of the next."""
         check = self.program.healthcheck
         if check is None or began != self.check_began:  # of one that was given up
             return
-        self.apply(Checked(not detail, detail))
+        self.apply(Checked(problem))
         if self.status.state in (State.STARTING, State.RUNNING):
             longest = FIRST_INTERVAL if self.status.healthy is None else FOREVER
             self.plan_check(began + min(check.interval, longest))

@@ -1232,11 +1232,11 @@ EVENTS: dict[str, list[supervisors.Event]] = {
         for survivors in (False, True)
     ],
     "Emptied": [Emptied()],
-    "Blocked": [Blocked("waiting for db"), Blocked("waiting for db", "failed")],
+    "Blocked": [Blocked("waiting for db", ""), Blocked("waiting for db", "failed")],
     "Ready": [Ready()],
     "Alive": [Alive()],
     "Text": [Text("hello")],
-    "Checked": [Checked(True), Checked(False, "refused")],
+    "Checked": [Checked(""), Checked("refused")],
 }
 
 
@@ -3732,7 +3732,7 @@ class World:
         if self.random.random() < 0.1:
             return supervisors.SpawnFailed("no such command", 127)
         if self.random.random() < 0.2:
-            return supervisors.Blocked("waiting for db")
+            return supervisors.Blocked("waiting for db", "")
         self.pids += 1
         self.leader, self.members = self.pids, True
         return supervisors.Spawned(self.pids)
@@ -3770,8 +3770,8 @@ class World:
             lambda: self.feed(supervisors.Ready()),
             lambda: self.feed(supervisors.Alive()),
             lambda: self.feed(supervisors.Text("busy")),
-            lambda: self.feed(supervisors.Checked(True)),
-            lambda: self.feed(supervisors.Checked(False, "no answer")),
+            lambda: self.feed(supervisors.Checked("")),
+            lambda: self.feed(supervisors.Checked("no answer")),
             lambda: self.feed(supervisors.Due()),
             self.due,
             self.due,
