@@ -350,7 +350,7 @@ import subprocess
 import threading
 import tomllib
 import typing
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Annotated, Any, Generic, NamedTuple, assert_never
 
@@ -1114,15 +1114,15 @@ def timestamp(now: float, digits: int = 3) -> str:
     return f"{whole}.{int(now % 1 * 1000):03}Z" if digits else f"{whole}Z"
 
 
-def cut_lines(data: bytes, mark: bytes = b"\n") -> tuple[bytes, bytes]:
+def cut_lines(data: bytes) -> tuple[bytes, bytes]:
     """Return the whole lines of `data`, and the rest behind the last line end.
 
-    What is longer than LINE_LIMIT is cut into pieces, each ended by `mark`.
+    What is longer than LINE_LIMIT is cut into several lines.
     """
     done, at = [], 0
     while len(data) - at > LINE_LIMIT:
         end = data.rfind(b"\n", at, at + LINE_LIMIT + 1) + 1
-        done += [data[at:end]] if end else [data[at : at + LINE_LIMIT], mark]
+        done += [data[at:end]] if end else [data[at : at + LINE_LIMIT], b"\n"]
         at = end or at + LINE_LIMIT
     end = max(data.rfind(b"\n", at) + 1, at)
     return b"".join([*done, data[at:end]]), data[end:]
@@ -1178,10 +1178,11 @@ def routes(program: Program, log_format: str) -> list[Route]:
 # delays output and nothing else. It reads into one reused buffer, makes a pipe larger
 # that it finds full, and naps after a pass that moved little, so that the next one
 # finds more: for lines of 100 bytes fewer wake-ups by a hundred, a tenth of the CPU.
+# It writes whole lines: those of others, and a rotation, come between two of them.
 
 BUFFER = 1024 * 1024  # bytes; also what a busy pipe is enlarged to
 PIPE = 64 * 1024  # bytes that a pipe holds as it comes (pipe(7))
-LOOK = 4096  # bytes copied to look for a line's end; all of a pipe would cost 5 %
+LONGEST = BUFFER // 2  # bytes of a line that is not cut; a longer one comes in pieces
 NAP = 0.001  # seconds
 LITTLE = 256 * 1024  # bytes moved in a pass, below which a nap is worth it
 SAY_AGAIN = 60.0  # seconds between two complaints about one file
@@ -1266,22 +1267,22 @@ def move_up(fd: int, lowest: int) -> int:
     return high
 
 
-def open_log(path: str, access: int = os.O_WRONLY) -> int:
+def open_log(path: str) -> int:
     """Open a log file to append, and make its folders."""
     with contextlib.suppress(FileExistsError):
         os.makedirs(os.path.dirname(path), exist_ok=True)
     # Without O_NONBLOCK the open of a FIFO that nobody reads would hang.
     flags = os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-    return os.open(path, access | flags, 0o666)
+    return os.open(path, os.O_WRONLY | flags, 0o666)
 
 
 class Sink:
     """A log file, rotated at `maxbytes` on a line boundary; 0 never rotates."""
 
     maxbytes = backups = 0
-    line = sys.maxsize  # where the unfinished line begins; not behind the end
+    unfinished = False  # what was written last is no line end
+    writer: object = None  # of that
     complained = float("-inf")
-    torn = False  # in the middle of a line, by a failure
     held = memoryview(b"")  # what it did not take yet; its sources are not read then
 
     def __init__(self, name: str, lowest: int) -> None:
@@ -1289,38 +1290,28 @@ class Sink:
 
     def put(self, data: memoryview) -> int:
         """Write a piece; return its length, 0 to wait."""
-        self.check()
-        fits = len(data)
-        if 0 < self.maxbytes < self.size + fits:
-            room = max(self.maxbytes - self.size, 0)
+        size, fits = self.open(), len(data)
+        if 0 < self.maxbytes < size + fits:
+            room = max(self.maxbytes - size, 0)
             fits = bytes(data[:room]).rfind(b"\n") + 1
-            if not fits:
+            if not fits and size and not self.unfinished:
                 self.rotate()
-                fits = bytes(data).find(b"\n") + 1 or len(data)
-        count = os.write(self.fd, data[:fits])
-        for start in range((count - 1) // LOOK * LOOK, -1, -LOOK):
-            if whole := bytes(data[start : min(start + LOOK, count)]).rfind(b"\n") + 1:
-                self.line = self.size + start + whole
-                break
-        return count
+                return self.put(data)
+            fits = fits or bytes(data).find(b"\n") + 1 or len(data)
+        return os.write(self.fd, data[:fits])
 
-    def check(self) -> None:
-        """Open the file, anew if it was removed; learn what its size is now."""
+    def open(self) -> int:
+        """Open the file, anew if it was removed; return its size."""
         if self.fd >= 0 and not os.fstat(self.fd).st_nlink:
             self.reopen()
         if self.fd < 0:
-            self.fd = move_up(open_log(self.name, os.O_RDWR), self.lowest)
-            if self.maxbytes:
-                self.line = next(line_starts(self.fd, os.fstat(self.fd).st_size))
-        self.size = os.fstat(self.fd).st_size  # may shrink; 0 for no regular file
-        self.line = min(self.line, self.size)
+            self.fd = move_up(open_log(self.name), self.lowest)
+        return os.fstat(self.fd).st_size  # may shrink; 0 for no regular file
 
     def rotate(self) -> None:
         """web.log -> web.log.1 -> ... -> web.log.N; without backups, start over."""
-        if self.line == 0:  # it is nothing but the line that goes on
-            return
-        line = os.pread(self.fd, self.size - self.line, self.line)
-        os.ftruncate(self.fd, self.line if self.backups else 0)
+        if not self.backups:
+            os.ftruncate(self.fd, 0)
         for n in range(self.backups, 0, -1):
             older, newer = f"{self.name}.{n}", f"{self.name}.{n - 1}".removesuffix(".0")
             if os.path.lexists(newer):
@@ -1330,14 +1321,12 @@ class Sink:
                     os.unlink(older)
                 os.rename(newer, older)
         self.reopen()
-        self.check()
-        self.size += os.write(self.fd, line)
 
     def reopen(self) -> None:
         """Let go of the file; the next write opens it anew."""
         if self.fd >= 0:
             os.close(self.fd)
-        self.fd, self.line = -1, sys.maxsize
+        self.fd = -1
 
 
 class TerminalSink(Sink):
@@ -1373,7 +1362,6 @@ class Source(NamedTuple):  # the read end of one pipe, and what becomes of the b
     output: Output
     stream: str
     format_lines: Format | None
-    whole_lines: bool  # others write to the same place
 
 
 class LogThread:
@@ -1387,7 +1375,8 @@ class LogThread:
         self.selector = selectors.DefaultSelector()
         wake_up = functools.partial(os.read, self.wake_read, PIPE)
         self.selector.register(self.wake_read, selectors.EVENT_READ, wake_up)
-        self.buffer = memoryview(bytearray(BUFFER))
+        self.bytes = bytearray(BUFFER)
+        self.buffer = memoryview(self.bytes)
         self.moved = 0  # bytes in this pass
         self.sinks: dict[int | str, Sink] = {2: TerminalSink(2)}
         one_place = os.path.sameopenfile(1, 2)  # then lines would mix in two sinks
@@ -1461,11 +1450,13 @@ class LogThread:
         self.selector.register(source.fd, selectors.EVENT_READ, job)
 
     def move(self, source: Source) -> None:
-        """Read a pipe once, unless its sink holds something."""
+        """Read a pipe once, behind what is left of it; or, its sink being full, not."""
         if source.sink.held:
             self.selector.unregister(source.fd)
             return
-        count = os.readv(source.fd, [self.buffer])
+        rest = self.sources[source]
+        self.buffer[: len(rest)] = rest
+        count = os.readv(source.fd, [self.buffer[len(rest) :]])
         if count == 0:
             self.selector.unregister(source.fd)
             self.end(source)
@@ -1476,11 +1467,15 @@ class LogThread:
             with contextlib.suppress(OSError, AttributeError):
                 fcntl.fcntl(source.fd, fcntl.F_SETPIPE_SZ, BUFFER)
         self.moved += count
-        lines: bytes | memoryview = self.buffer[:count]
-        if source.format_lines or source.whole_lines:
-            data = b"".join([self.sources[source], lines])
-            mark = b"\n" if source.format_lines else b""
-            lines, self.sources[source] = cut_lines(data, mark)
+        data = self.buffer[: len(rest) + count]
+        lines: bytes | memoryview
+        if source.format_lines:
+            lines, rest = cut_lines(bytes(data))
+        else:
+            end = self.bytes.rfind(b"\n", 0, len(data)) + 1
+            end = end if len(data) - end < LONGEST else len(data)
+            lines, rest = data[:end], bytes(data[end:])
+        self.sources[source] = rest
         if lines:
             self.emit(source, lines)
 
@@ -1491,32 +1486,34 @@ class LogThread:
             output.append((source.stream, kept), len(kept) + ITEM)
         if source.format_lines:
             lines = source.format_lines(bytes(lines), time.time())
-        output.dropped += self.write(source.sink, lines)
+        output.dropped += self.write(source.sink, lines, output)
 
     def end(self, source: Source) -> None:
         """Forget a pipe that has ended, but not a last line without end."""
         os.close(source.fd)
         if rest := self.sources.pop(source):
-            self.emit(source, rest + b"\n")
+            self.emit(source, rest + b"\n" if source.format_lines else rest)
         if not any(other.sink is source.sink for other in self.sources):
             source.sink.reopen()  # nobody writes there: no descriptor is held
 
-    def write(self, sink: Sink, data: bytes | memoryview = b"") -> int:
+    def write(
+        self, sink: Sink, data: bytes | memoryview = b"", writer: object = None
+    ) -> int:
         """Write, and hold what is not taken yet; return how many bytes were dropped."""
-        held, torn, dropped = sink.held, sink.torn, 0
+        held, dropped = sink.held, 0
         if data and len(held) > LAG:  # messages; the pipes are not read meanwhile
             return len(data)
-        # The line that a failure cut off ends here; nothing is held after one.
-        ahead, sink.torn = b"\n" if torn else held, False
+        # What another left unfinished, or a failure cut off, ends here.
+        other = sink.unfinished and sink.writer is not writer
+        ahead = held or (b"\n" if other else b"")
         text = b"".join([ahead, data]) if ahead and data else ahead or data
-        whole = left = memoryview(text)
+        left, sink.writer = memoryview(text), writer
         try:
             while left and (count := sink.put(left)):
+                sink.unfinished = left[count - 1] != ord("\n")
                 left = left[count:]
         except OSError as error:
-            dropped, left = len(left), left[:0]
-            begun = bytes(whole[:-dropped][-1:])  # the last byte that was written
-            sink.torn = begun != b"\n" if begun else torn
+            dropped, left, sink.writer = len(left), left[:0], sink
             if time.monotonic() >= sink.complained + SAY_AGAIN:
                 sink.complained = time.monotonic()
                 reason = f"cannot write to {sink.name}: {error.strerror}; dropping"
@@ -2594,8 +2591,7 @@ class Process:
         new = Sink(str(where.target), supervisor.few_files[0])
         sink = log.sinks.setdefault(where.target, new)
         sink.maxbytes, sink.backups = program.logfile_maxbytes, program.logfile_backups
-        shared = supervisor.sharers[where.target] > 1
-        log.add(Source(fd, sink, self.output, stream, form, shared))
+        log.add(Source(fd, sink, self.output, stream, form))
 
     def environ(self, account: Variables) -> dict[str, str]:
         supervisor, program = self.supervisor, self.program
@@ -3065,10 +3061,6 @@ class Supervisor:
         for process in self.processes.values():
             for name in process.definition.needs:
                 self.dependents[name].append(process)
-        self.sharers: Counter[int | str] = Counter()  # of a target of output
-        for program in programs.values():
-            for where in set(routes(program, self.config.log_format)):
-                self.sharers[where.target] += 1
         for process in list(self.processes.values()):
             process.renew()
 

@@ -2091,7 +2091,7 @@ def test_line_that_comes_in_large_pieces_moves_to_the_next_file_as_a_whole(
         logfile = "web.log"
         logfile_maxbytes = 200000
         """)
-    eventually(lambda: log.exists() and log.stat().st_size, 160_001)
+    eventually(lambda: log.exists() and log.stat().st_size, 10_001)
     go.open()
     run.wait_state("web", "EXITED")
     run.end()
@@ -2361,7 +2361,7 @@ def test_usr2_in_the_middle_of_a_line_lets_no_rotation_split_it(
         logfile = "web.log"
         logfile_maxbytes = 1000
         """)
-    eventually(lambda: log.exists() and log.stat().st_size, 600)
+    eventually(lambda: log.exists() and log.stat().st_size, 100)
     run.send(signal.SIGUSR2)
     run.wait_err("reopened the log files")
     go.open()
