@@ -1679,12 +1679,13 @@ def path_hash(path: str) -> str:
     return str(sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16])
 
 
-def find_leftovers(digest: str) -> dict[int, str]:
-    """Return what dead supervisors of this configuration left running: names by pid."""
-    table, pid, found = process_table(), os.getpid(), {}
+def find_leftovers(config: Config) -> dict[int, Program]:
+    """Return what dead supervisors of this configuration left running, by pid."""
+    table, pid, found = process_table(), os.getpid(), dict[int, Program]()
     # Never ourselves or our ancestors, whose shell may stem from such a program.
     while pid in table:
         pid = int(table.pop(pid)[1])
+    digest = path_hash(config.path)
     owner = re.compile(rf"\0{RUN_VARIABLE}={digest}\.(\d+)\.(\d+)\0")
     for pid in table:
         path = f"/proc/{pid}"  # which may be gone, or not for us to look at
@@ -1695,7 +1696,7 @@ def find_leftovers(digest: str) -> dict[int, str]:
             # In another PID namespace numbers mean something else.
             here = os.path.samefile(f"{path}/ns/pid", "/proc/self/ns/pid")
             if run and name and here and start_time(int(run[1])) != run[2]:
-                found[pid] = name[1]
+                found[pid] = config.programs.get(name[1], Program(name[1], ""))
     return found
 
 
@@ -2459,6 +2460,7 @@ LONGEST_SLEEP = 86_400.0  # seconds; epoll_wait(2) takes milliseconds in 31 bits
 WAITING_FIRST = 1.0  # seconds after a shutdown began that it names who it waits for
 WAITING_NEXT = 5.0
 SWEEP = 1.0  # seconds that orphans have once the programs are gone
+ORPHAN = Program("an orphan", "", stopwaitsecs=SWEEP)
 MOST_TEXT = 1000  # characters of STATUS=
 ASK_TIME = 10.0  # seconds for the main loop to answer a thread
 LEVELS = {"debug": 0, "info": 1, "warning": 2, "error": 3}
@@ -2793,9 +2795,9 @@ class Supervisor:
         self.connections = [threading.Semaphore(most) for most in MOST_CONNECTIONS]
         self.streams = [threading.Semaphore(most) for most in MOST_STREAMS]
         self.variables = {"SUPERVISOR_ENABLED": "1"}  # that every program gets
-        self.ending = self.finished = False  # a shutdown has begun, and is over
+        self.ending = self.killing = False  # a shutdown has begun, and may not wait
         self.busy = "ending what a killed supervisor left"  # why nothing may start
-        self.sweep_at = 0.0  # when orphans are killed; 0 until they are told to end
+        self.asked: set[int] = set()  # what is no program's, to end
         self.exit_code = 0
         self.cleanup = contextlib.ExitStack()
 
@@ -2803,14 +2805,19 @@ class Supervisor:
         """Run until all has ended; return the exit status. Raises SupervisorError."""
         with self.cleanup:
             self.open()
-            self.end_leftovers()
+            self.end_strays(lambda: find_leftovers(self.config))
             if not self.ending:
                 self.busy = ""
             self.start(list(self.processes.values()))
             self.guard(self.conclude)
-            while not self.finished:
+            while not self.ending:
                 self.turn(LONGEST_SLEEP)
-                self.guard(self.conclude)
+            while self.stop_level():
+                self.turn(LONGEST_SLEEP)
+            self.ask_to_end(self.orphans())  # together with the last level
+            while self.children or self.alive():
+                self.turn(LONGEST_SLEEP)
+            self.end_strays(self.orphans)
             while self.calls:  # that came too late for a turn
                 self.guard(self.calls.popleft())
         return self.exit_code
@@ -2826,6 +2833,7 @@ class Supervisor:
             if self.deadlines.get(call, FOREVER) <= now:
                 del self.deadlines[call]
                 self.guard(call)
+        self.guard(self.conclude)
 
     def guard(self, call: Callable[..., object], *arguments: object) -> None:
         """Call something; a mistake in it must not end what all programs hang on."""
@@ -2995,10 +3003,9 @@ class Supervisor:
         if signal.SIGCHLD in numbers:
             self.reap()
         for number in numbers.intersection(ENDINGS):
-            if self.ending:
-                self.kill_all(f"{signal_name(number)} during the shutdown")
-            else:
-                self.begin_shutdown(0, signal_name(number))
+            if self.busy:
+                self.kill_all(f"{signal_name(number)} while {self.busy}")
+            self.begin_shutdown(0, signal_name(number))
         if signal.SIGHUP in numbers:
             try:
                 self.reload()
@@ -3158,26 +3165,30 @@ class Supervisor:
                 pid = int(process_fields(pid)[1])
         return None
 
-    def end_leftovers(self) -> None:
-        """End what a dead supervisor of this configuration left; they are no children.
+    def orphans(self) -> dict[int, Program]:
+        """Return what programs left that have ended."""
+        spare = self.spared | self.children.keys() | {one.group for one in self.alive()}
+        return dict.fromkeys(descendants(spare), ORPHAN)
 
-        What they start on the way is found as well.
-        """
-        digest, told, began = path_hash(self.config.path), set[int](), time.monotonic()
+    def ask_to_end(self, strays: Mapping[int, Program]) -> None:
+        """Ask processes that are no program's to end, each once."""
+        for pid in strays.keys() - self.asked:
+            self.warn(f"{self.busy}: {strays[pid].name} ({pid})")
+            send(pid, signal_number(strays[pid].stopsignal))
+            send(pid, signal.SIGCONT)
+        self.asked |= strays.keys()
+
+    def end_strays(self, find: Callable[[], dict[int, Program]]) -> None:
+        """End processes that are no program's, and what they start on the way."""
+        began = time.monotonic()
         # While a process executes, its environment cannot be read: hence a second look.
-        while left := find_leftovers(digest) or (told and find_leftovers(digest)):
-            longest, passed = 0.0, time.monotonic() - began
-            for pid, name in left.items():
-                program = self.config.programs.get(name, Program(name, name))
-                longest = max(longest, program.stopwaitsecs)
-                if pid not in told:
-                    self.warn(f"ending what a killed supervisor left: {name} ({pid})")
-                    send(pid, signal_number(program.stopsignal))
-                    send(pid, signal.SIGCONT)
-                if self.ending or passed >= program.stopwaitsecs:
+        while left := find() or (find() if self.asked else {}):
+            self.ask_to_end(left)
+            passed = time.monotonic() - began
+            for pid, program in left.items():
+                if self.killing or passed >= program.stopwaitsecs:
                     send(pid, signal.SIGKILL)
-            told |= left.keys()
-            if passed >= longest + SWEEP:
+            if all(passed >= one.stopwaitsecs + SWEEP for one in left.values()):
                 return
             self.turn(TICK)
 
@@ -3270,7 +3281,7 @@ class Supervisor:
 
     def kill_all(self, reason: str) -> None:
         self.warn(f"killing everything: {reason}")
-        self.sweep_at = time.monotonic()
+        self.killing = True
         for process in self.alive():
             process.apply(Stop())
             send(-process.group, signal.SIGKILL)
@@ -3279,7 +3290,7 @@ class Supervisor:
         """Do what changes mean to the others, then look at all programs together."""
         self.react()
         watched, finite = "NOTIFY_SOCKET" in self.environ, self.config.exit_when_done
-        if not self.ending and (watched or finite):
+        if not self.busy and (watched or finite):
             programs = self.processes.items()
             found = {name: verdict(one.program, one.status) for name, one in programs}
             missing = [
@@ -3296,44 +3307,20 @@ class Supervisor:
             if finite and missing == failed and not self.alive():
                 codes = [last_code(self.processes[name].status) or 1 for name in failed]
                 self.begin_shutdown([*codes, 0][0], "all programs have ended")
-        if self.ending:
-            self.wind_down()
 
-    def wind_down(self) -> None:
-        """Stop what nothing alive depends on; when all has stopped, end the orphans.
-
-        Those get SIGTERM with the last level of programs, and SIGKILL when the programs
-        have been gone for a while.
-        """
-        now, alive = time.monotonic(), self.alive()
-        needs = {name for one in alive for name in one.definition.needs}
-        names = list(needs)
-        for name in names:  # grows: what is between two may have ended
-            if name in self.processes:
-                new = {*self.processes[name].definition.needs} - needs
-                names += new
-                needs |= new
+    def stop_level(self) -> bool:
+        """Stop what nothing alive depends on; return whether there is another level."""
+        found = alive = self.alive()
+        needs = set[str]()
+        while found:  # what is between two may have ended
+            new = {name for one in found for name in one.definition.needs} - needs
+            needs |= new
+            found = [self.processes[name] for name in new & self.processes.keys()]
         running = [one for one in alive if one.status.state is not State.STOPPING]
         for process in running:
             if process.name not in needs:
-                process.apply(Stop())
-        if any(one.name in needs for one in running):
-            return  # there is another level
-        if alive and self.sweep_at:
-            return  # the orphans have been told already
-        signals = [] if self.sweep_at else [signal.SIGTERM, signal.SIGCONT]
-        self.sweep_at = min(self.sweep_at or FOREVER, FOREVER if alive else now + SWEEP)
-        if now >= self.sweep_at:
-            signals = [signal.SIGKILL]
-        spare = self.children.keys() | self.spared | {one.group for one in alive}
-        orphans = descendants(spare)
-        for pid in orphans:
-            for number in signals:
-                send(pid, number)
-        if not alive:
-            left = orphans or self.children  # health checks, these
-            self.finished = not left or now >= self.sweep_at + SWEEP
-            self.at(now + TICK, self.reap)
+                self.guard(process.apply, Stop())
+        return any(one.name in needs for one in running)
 
     def keep_alive(self) -> None:
         period = self.environ.get("WATCHDOG_USEC", "")
