@@ -331,8 +331,6 @@ if __name__ == "__main__":
     # A signal to PID 1 is lost until there is a handler, unless it is blocked: then it
     # waits. `Supervisor` unblocks these, and `main` for the verbs.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    # http.client loads OpenSSL, half of its 8 MB, for HTTPS alone. A host may want it.
-    sys.modules["ssl"] = None  # type: ignore[assignment]  # "import of ssl halted"
 
 import contextlib
 import enum
@@ -396,6 +394,15 @@ class Address(NamedTuple):  # a unix socket's path, or host and port
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"unix:{self.path}" if self.path else f"{host}:{self.port}"
+
+    @property
+    def family(self) -> int:
+        internet = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        return socket.AF_UNIX if self.path else internet
+
+    @property
+    def place(self) -> Any:  # as bind and connect take it
+        return self.path or (self.host, self.port)
 
     @property
     def is_loopback(self) -> bool:
@@ -534,11 +541,10 @@ def to_variables(table: Table) -> dict[str, str]:
     return read_nested({name: STRING for name in table if is_variable(name)}, table)
 
 
-def is_place(text: str) -> bool:
+def is_place(text: str) -> object:
     """Return whether one can listen there, without a look-up; raises ValueError."""
-    host = parse_address(text or ":0").host
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return not host or bool(socket.inet_pton(family, host))
+    address = parse_address(text or ":0")
+    return address.path or socket.inet_pton(address.family, address.host)
 
 
 def to_health(table: Table) -> Health:
@@ -1718,8 +1724,6 @@ def probe(check: Health) -> str:
         port = url.port or (443 if url.scheme == "https" else 80)
         peer = socket.create_connection((url.hostname, port), check.timeout)
         if url.scheme == "https":
-            if sys.modules.get("ssl", 0) is None:
-                del sys.modules["ssl"]
             import ssl
 
             context = ssl.create_default_context()
@@ -2407,7 +2411,7 @@ class Conversation:  # one connection, in a thread of its own
 
 def bind(address: Address, private: bool = False) -> socket.socket:
     """Return a listening socket; raises OSError. A stale unix socket is replaced."""
-    path, host, port = address
+    path, host, _ = address
     if path and os.path.lexists(path):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise FileExistsError(errno.EEXIST, "it exists and is no socket", path)
@@ -2417,18 +2421,17 @@ def bind(address: Address, private: bool = False) -> socket.socket:
                 raise OSError(errno.EADDRINUSE, text, path)
         os.unlink(path)  # its supervisor was killed
     if host == "::" and not socket.has_dualstack_ipv6():
-        host = "0.0.0.0"
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(socket.AF_UNIX if path else family)
+        address = address._replace(host="0.0.0.0")
+    listener = socket.socket(address.family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if host:  # inherited by its connections
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if host == "::":
+    if address.host == "::":
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     with contextlib.ExitStack() as stack:
         if private:  # mode 0600 from its first moment, which chmod could not give
             stack.callback(os.umask, os.umask(0o177))
-        listener.bind(path or (host, port))
+        listener.bind(address.place)
     listener.listen(128)
     listener.setblocking(False)
     return listener
@@ -3350,36 +3353,32 @@ class Client:
             self.address = parse_address(address)
         except ValueError as error:
             raise SupervisorError(str(error)) from None
-        self.headers = {"Connection": "close"}
-        if token:
-            self.headers["Authorization"] = f"Bearer {token}"
+        self.fields = f"Authorization: Bearer {token}\r\n" if token else ""
 
     def ask(
         self, request: str, name: str = "", limit: float | None = 10.0, read: Any = None
     ) -> Any:
         """Return what `read` makes of the answer, else its JSON; `*` is the name's."""
-        import http.client
         import json
         import urllib.parse
 
-        unix, place = self.address.path, str(self.address)
-        request = request.replace("*", urllib.parse.quote(name or "", ""))
-        method, path = request.rstrip("/").split(" ", 1)
-        host = "localhost" if unix else place
-        connection = http.client.HTTPConnection(host, timeout=limit)
+        place = str(self.address)
+        request = request.replace("*", urllib.parse.quote(name or "", "")).rstrip("/")
+        # Of HTTP/1.0: then the answer comes in one piece. http.client takes 15 ms.
+        head = f"{request} HTTP/1.0\r\nHost: {place}\r\n{self.fields}\r\n"
         try:
-            with contextlib.closing(connection):
-                if unix:
-                    connection.sock = socket.socket(socket.AF_UNIX)
-                    connection.sock.settimeout(limit)
-                    connection.sock.connect(unix)
-                connection.request(method, path, headers=self.headers)
-                response = connection.getresponse()
-                status = response.status
-                content = (read if read and status < 400 else json.load)(response)
+            with socket.socket(self.address.family) as peer:
+                peer.settimeout(limit)
+                peer.connect(self.address.place)
+                peer.sendall(head.encode("latin-1"))
+                answer = peer.makefile("rb")
+                status = int(answer.readline()[9:12])  # of `HTTP/1.1 200 OK`
+                while answer.readline().strip():
+                    pass  # the fields say nothing new
+                content = (read if read and status < 400 else json.load)(answer)
             if status < 400 or "programs" in content:  # as in ill health
                 return content
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", "") or repr(error)
             text = f"no supervisor at {place}: {reason}; "
             text += "start one, or name another with -c or -s"
