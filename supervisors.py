@@ -2248,6 +2248,8 @@ class Conversation:  # one connection, in a thread of its own
 
     def run(self) -> None:
         """Answer requests until one side has enough; close when the client has."""
+        slots = self.supervisor.connections[self.listener.is_control]
+        self.is_welcome = slots.acquire(blocking=False)
         try:
             with contextlib.suppress(OSError, EOFError), self.connection:
                 self.connection.settimeout(REQUEST_TIME)
@@ -2258,16 +2260,8 @@ class Conversation:  # one connection, in a thread of its own
                 self.connection.settimeout(0.2)
                 all(self.connection.recv(PIPE) for _ in range(64))  # until b""
         finally:
-            self.supervisor.connections[self.listener.is_control].release()
-
-    def turn_away(self) -> None:
-        """Answer one connection too many, without waiting for its request."""
-        self.lasts = False
-        response = as_json({"error": "too many connections"}, 503, "Retry-After: 1")
-        with contextlib.suppress(OSError), self.connection:
-            self.connection.setblocking(False)
-            self.send(response)
-            self.connection.recv(PIPE)  # unread, it would turn the close into a reset
+            if self.is_welcome:
+                slots.release()
 
     def answer_one(self) -> None:
         """Answer a request, or say why not."""
@@ -2275,6 +2269,8 @@ class Conversation:  # one connection, in a thread of its own
         with contextlib.ExitStack() as stack:
             stack.callback(self.supervisor.answering.discard, self)
             try:
+                if not self.is_welcome:
+                    raise HttpError(503, "too many connections", "Retry-After: 1")
                 response = self.respond(*self.read_request())
                 if response.stream:
                     self.lasts = False  # its end is that of the connection
@@ -3048,14 +3044,10 @@ class Supervisor:
             self.at(time.monotonic() + 1, again)
             return
         conversation = Conversation(listener, connection)
-        slots = self.connections[listener.is_control]
-        if slots.acquire(blocking=False):
-            try:
-                threading.Thread(target=conversation.run, daemon=True).start()
-                return
-            except RuntimeError:  # no thread to be had: a limit of processes
-                slots.release()
-        conversation.turn_away()
+        try:
+            threading.Thread(target=conversation.run, daemon=True).start()
+        except RuntimeError:  # no thread to be had: a limit of processes
+            connection.close()
 
     def add_programs(self) -> None:
         """Take in what the configuration names, in its order, without starting it."""
