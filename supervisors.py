@@ -2749,12 +2749,13 @@ class Process:
         same = new._replace(needs=self.program.needs) == self.program
         return not same or env_files != self.env_files
 
-    def restart(self) -> None:
-        """Run as it is defined now, if it was to be running."""
-        status, program = self.status, self.definition
-        over = status.state in (State.EXITED, State.FATAL)
-        if program.autostart if over else verdict(program, status):
-            self.apply(Restart())
+    def needs_new_run(self) -> bool:
+        """Return whether it takes one to become what is defined now."""
+        state, program = self.status.state, self.definition
+        if state in (State.EXITED, State.FATAL):
+            return program.autostart
+        # One that waits goes on as the new one.
+        return state is not State.WAITING and verdict(program, self.status) != ""
 
 
 def read_token(config: Config, warn: Callable[[str], object]) -> str:
@@ -3212,14 +3213,13 @@ class Supervisor:
         added = [name for name in programs if name not in old]
         removed = [name for name in known if name not in programs]
         changed = [one for one in programs if one in old and known[one].differs()]
-        waited = {one for one in changed if known[one].status.state is State.WAITING}
+        renewed = [known[name] for name in changed if known[name].needs_new_run()]
         self.add_programs()
         for name in removed:
             known[name].apply(Stop())  # which changes nothing where it was stopped
             self.changes.append((known[name], None))
-        for name in changed:
-            if name not in waited and not self.ending:
-                known[name].restart()
+        for process in renewed:
+            process.apply(Restart())
         self.start(self.processes[name] for name in added)
         result = {"added": added, "changed": changed, "removed": removed}
         return {**result, "unchanged": len(programs) - len(added) - len(changed)}
