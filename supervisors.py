@@ -2789,7 +2789,6 @@ class Supervisor:
         self.deadlines: dict[Callable[[], object], float] = {}
         self.calls: deque[Callable[[], object]] = deque()
         self.changes: deque[tuple[Process, Status | None]] = deque()  # see `spread`
-        self.removed: set[Output] = set()  # of programs, not closed yet
         self.answering: set[Conversation] = set()  # that are about to send
         self.told_manager = ""
         self.connections = [threading.Semaphore(most) for most in MOST_CONNECTIONS]
@@ -3091,8 +3090,7 @@ class Supervisor:
                 del self.snapshots[name]
                 self.events.append(name)
                 # Its last lines may still be in the pipe.
-                self.removed.add(process.output)
-                self.at(time.monotonic() + FAREWELL, self.close_removed)
+                self.at(time.monotonic() + FAREWELL, process.output.close)
         if end:
             program, failed = process.program, has_failed(end)
             wish = program.on_failure if failed else program.on_success
@@ -3234,14 +3232,9 @@ class Supervisor:
                     self.say(name, f"cannot reopen its log: {reason}", "warning")
         self.say("", "reopened the log files")
 
-    def close_removed(self) -> None:
-        while self.removed:
-            self.removed.pop().close()
-
     def release_followers(self) -> None:
         """Let streams send what there still is, and end."""
         self.events.close()
-        self.close_removed()
         for process in self.processes.values():
             process.output.close()
         end = time.monotonic() + FAREWELL
