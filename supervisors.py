@@ -659,6 +659,7 @@ class Config(NamedTuple):
     """A whole configuration; `path` is the file's absolute one, "" if it has none."""
 
     path: str = ""
+    private: str = ""  # see `load_config`
     programs: Annotated[Mapping[str, Program], TABLE] = {}
     defaults: Annotated[Mapping[str, Any], TABLE] = {}  # as they stand
     listen: Annotated[LIST, ADDRESSES] = ("localhost:3000",)
@@ -796,7 +797,7 @@ def load_config(path: str = "supervisors.toml", private: str = "") -> Config:
     try:
         config = parse_config(data, environ, included)
         # Not the real one: in Kubernetes what the name leads to changes, and vanishes.
-        return config._replace(path=os.path.abspath(path))
+        return config._replace(path=os.path.abspath(path), private=private)
     except ConfigError as error:
         raise ConfigError(f"{path}: {line}" for line in error.errors) from None
 
@@ -2776,12 +2777,11 @@ class Supervisor:
     """Runs the programs of a configuration. `run` blocks; main thread, once.
 
     It sets signal handlers, reaps every child of this process, and puts all back as it
-    was when it returns. With `private`, see `load_config`, the end of its standard
-    input ends it, too.
+    was when it returns. If it is private, the end of its standard input ends it, too.
     """
 
-    def __init__(self, config: Config, level: str = "info", private: str = "") -> None:
-        self.config, self.level, self.private = config, LEVELS[level], private
+    def __init__(self, config: Config, level: str = "info") -> None:
+        self.config, self.level = config, LEVELS[level]
         self.started_at = time.time()
         self.processes: dict[str, Process] = {}
         self.events: Feed[Snapshot | str] = Feed(MOST_EVENTS, MOST_EVENTS)
@@ -2872,7 +2872,7 @@ class Supervisor:
         self.spared = children_before()
         if not become_subreaper() and sys.platform == "linux":
             self.warn("cannot become a subreaper: orphans go to PID 1")
-        if self.private:
+        if self.config.private:
             self.watch(0, self.lose_parent)
         if self.config.path:
             run = (path_hash(self.config.path), os.getpid(), start_time(os.getpid()))
@@ -3191,7 +3191,7 @@ class Supervisor:
         old = self.config
         if self.busy or not old.path:
             raise SupervisorError(self.busy or "it has no file")
-        config = load_config(old.path, self.private)
+        config = load_config(old.path, old.private)
         self.token = read_token(config, self.warn)
         self.config = config
         self.log.as_json = config.log_format == "json"
@@ -3626,12 +3626,12 @@ def main(arguments: list[str]) -> int:
             names = ",".join(words + words[-1:])  # with a comma it gets an array
             return VERBS[verb][0](connect(options), options, names)
         path = [*words, options["-c"]][0]
-        config = load_config(path, private := options.get("--private", ""))
+        config = load_config(path, options.get("--private", ""))
         if verb == "check":
             print(f"{path}: ok, {len(config.programs)} programs")
             return 0
         level = "debug" if "-v" in options else "warning" if "-q" in options else "info"
-        return Supervisor(config, level, private).run()
+        return Supervisor(config, level).run()
     except SupervisorError as error:
         print(*(error.errors or [f"supervisors: {error}"]), sep="\n", file=sys.stderr)
         if "health" in ([verb] if verb else arguments):
