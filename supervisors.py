@@ -1197,6 +1197,7 @@ REMEMBERED = 64 * 1024  # bytes of a piped program's output that stay in memory
 LAG = 1024 * 1024  # bytes that a follower, or a terminal nobody reads, may be behind
 ITEM = 64  # bytes that each costs besides its text
 FAREWELL = 1.0  # seconds that the last output has at the end
+LEVELS = {"debug": 0, "info": 1, "warning": 2, "error": 3}
 LIMITED = threading.Lock()  # held while the limit of open files is that of programs
 
 
@@ -1371,17 +1372,62 @@ class Source(NamedTuple):  # the read end of one pipe, and what becomes of the b
     format_lines: Format | None
 
 
-class LogThread:
-    """The thread that owns pipes and log files. Other threads hand it jobs."""
+class Loop:
+    """What a thread sleeps for: descriptors, and calls that other threads post."""
 
-    def __init__(self, as_json: bool = False) -> None:
-        self.as_json = as_json
-        self.jobs: deque[Callable[[], object]] = deque()
+    log: LogThread  # which is told of mistakes
+
+    def open_loop(self) -> None:
+        self.calls: deque[Callable[[], object]] = deque()
+        self.selector = selectors.DefaultSelector()
         self.wake_read, self.wake_write = os.pipe()
         os.set_blocking(self.wake_write, False)
-        self.selector = selectors.DefaultSelector()
-        wake_up = functools.partial(os.read, self.wake_read, PIPE)
-        self.selector.register(self.wake_read, selectors.EVENT_READ, wake_up)
+        self.watch(self.wake_read, self.wake_up)
+
+    def close_loop(self) -> None:
+        fds, self.wake_write = (self.wake_read, self.wake_write), -1
+        for fd in fds:
+            os.close(fd)
+        self.selector.close()
+
+    def watch(self, source: int | socket.socket, call: Callable[[], object]) -> None:
+        """Have `call` called whenever something can be read."""
+        self.selector.register(source, selectors.EVENT_READ, call)
+
+    def post(self, call: Callable[[], object]) -> None:
+        """Have the thread call something, in the order of the posts. Any thread."""
+        self.calls.append(call)
+        with contextlib.suppress(OSError):  # full: it wakes anyway; closed: too late
+            os.write(self.wake_write, b"\0")
+
+    def wake_up(self) -> None:
+        os.read(self.wake_read, PIPE)
+
+    def sleep(self, timeout: float | None) -> None:
+        """Sleep until something happens, and do what it asks for."""
+        for key, _ in self.selector.select(timeout):
+            self.guard(key.data)
+        while self.calls:
+            self.guard(self.calls.popleft())
+
+    def guard(self, call: Callable[..., object], *arguments: object) -> None:
+        """Call something; a mistake in it must not end what all programs hang on."""
+        try:
+            call(*arguments)
+        except Exception as error:
+            import traceback
+
+            line = traceback.extract_tb(error.__traceback__)[-1].lineno
+            self.log.say("", f"internal error: {error!r}, line {line}", "error")
+            time.sleep(TICK)  # so that one that comes again does not fill the log
+
+
+class LogThread(Loop):
+    """The thread that owns pipes and log files."""
+
+    def __init__(self, as_json: bool, level: str) -> None:
+        self.log, self.as_json, self.level = self, as_json, LEVELS[level]
+        self.open_loop()
         self.bytes = bytearray(BUFFER)
         self.buffer = memoryview(self.bytes)
         self.moved = 0  # bytes in this pass
@@ -1393,14 +1439,10 @@ class LogThread:
         self.thread = threading.Thread(target=self.run, name="log", daemon=True)
         self.thread.start()
 
-    def post(self, job: Callable[[], object]) -> None:
-        """Have the thread do something, in the order of the calls."""
-        self.jobs.append(job)
-        with contextlib.suppress(OSError):  # full: it wakes anyway; closed: too late
-            os.write(self.wake_write, b"\0")
-
     def say(self, name: str, text: str, level: str = "info") -> None:
         """Write one of the supervisor's own messages; `name` is a program's, or ""."""
+        if LEVELS[level] < self.level:
+            return
         now = time.time()
         line = f"{timestamp(now, 0)} {name or 'supervisors'}: {text}"
         if self.as_json:
@@ -1427,34 +1469,24 @@ class LogThread:
             if 0 < self.turn(None) < LITTLE:
                 time.sleep(NAP)
         while time.monotonic() < self.closing:
-            busy = bool(self.jobs) or any(one.held for one in self.sinks.values())
+            busy = bool(self.calls) or any(one.held for one in self.sinks.values())
             if not self.turn(NAP) and not busy:
                 break
         for source in list(self.sources):
             self.end(source)
-        self.selector.close()
-        fds = {self.wake_read, self.wake_write, self.sinks[1].fd, self.sinks[2].fd}
-        self.wake_write = -1  # for what is posted too late
-        for fd in fds - {1, 2}:
+        self.close_loop()
+        for fd in {self.sinks[1].fd, self.sinks[2].fd} - {1, 2}:
             os.close(fd)
 
     def turn(self, timeout: float | None) -> int:
         """Do what is to be done now; return the bytes that were read."""
         self.moved = 0
-        calls = [self.jobs.popleft() for _ in range(len(self.jobs))]
-        calls += [key.data for key, _ in self.selector.select(0 if calls else timeout)]
-        for call in calls:
-            try:
-                call()
-            except Exception as error:  # every program would block without this thread
-                self.say("", f"internal error of the log: {error!r}", "error")
-                time.sleep(TICK)
+        self.sleep(timeout)
         return self.moved
 
     def add(self, source: Source) -> None:
         self.sources.setdefault(source, b"")
-        job = functools.partial(self.move, source)
-        self.selector.register(source.fd, selectors.EVENT_READ, job)
+        self.watch(source.fd, functools.partial(self.move, source))
 
     def move(self, source: Source) -> None:
         """Read a pipe once, behind what is left of it; or, its sink being full, not."""
@@ -2463,7 +2495,6 @@ SWEEP = 1.0  # seconds that orphans have once the programs are gone
 ORPHAN = Program("an orphan", "", stopwaitsecs=SWEEP)
 MOST_TEXT = 1000  # characters of STATUS=
 ASK_TIME = 10.0  # seconds for the main loop to answer a thread
-LEVELS = {"debug": 0, "info": 1, "warning": 2, "error": 3}
 FOREVER = float("inf")
 
 
@@ -2773,7 +2804,7 @@ def read_token(config: Config, warn: Callable[[str], object]) -> str:
         raise ConfigError([f"cannot read token_file {path!r}: {error}"]) from None
 
 
-class Supervisor:
+class Supervisor(Loop):
     """Runs the programs of a configuration. `run` blocks; main thread, once.
 
     It sets signal handlers, reaps every child of this process, and puts all back as it
@@ -2781,13 +2812,12 @@ class Supervisor:
     """
 
     def __init__(self, config: Config, level: str = "info") -> None:
-        self.config, self.level = config, LEVELS[level]
+        self.config, self.level = config, level
         self.started_at = time.time()
         self.processes: dict[str, Process] = {}
         self.events: Feed[Snapshot | str] = Feed(MOST_EVENTS, MOST_EVENTS)
         self.children: dict[int, Callable[[int], None]] = {}  # what to do at their end
         self.deadlines: dict[Callable[[], object], float] = {}
-        self.calls: deque[Callable[[], object]] = deque()
         self.changes: deque[tuple[Process, Status | None]] = deque()  # see `spread`
         self.answering: set[Conversation] = set()  # that are about to send
         self.told_manager = ""
@@ -2817,33 +2847,19 @@ class Supervisor:
             while self.children or self.alive():
                 self.turn(LONGEST_SLEEP)
             self.end_strays(self.orphans)
-            while self.calls:  # that came too late for a turn
-                self.guard(self.calls.popleft())
+            self.sleep(0)  # for calls that came too late for a turn
         return self.exit_code
 
     def turn(self, longest: float) -> None:
         """Sleep until something happens, and do what it asks for."""
         nearest = min(self.deadlines.values(), default=FOREVER)
-        sleep = min(max(nearest - time.monotonic(), 0), longest)
-        for key, _ in self.selector.select(sleep):
-            self.guard(key.data)
+        self.sleep(min(max(nearest - time.monotonic(), 0), longest))
         now = time.monotonic()
         for call in [call for call, at in self.deadlines.items() if at <= now]:
             if self.deadlines.get(call, FOREVER) <= now:
                 del self.deadlines[call]
                 self.guard(call)
         self.guard(self.conclude)
-
-    def guard(self, call: Callable[..., object], *arguments: object) -> None:
-        """Call something; a mistake in it must not end what all programs hang on."""
-        try:
-            call(*arguments)
-        except Exception as error:
-            import traceback
-
-            line = traceback.extract_tb(error.__traceback__)[-1].lineno
-            self.say("", f"internal error: {error!r}, line {line}", "error")
-            time.sleep(TICK)  # so that one that comes again does not fill the log
 
     def open(self) -> None:
         """Acquire everything, in an order in which failure leaves nothing behind."""
@@ -2860,10 +2876,11 @@ class Supervisor:
             with contextlib.suppress(OSError):  # it is closed
                 os.set_inheritable(int(fd), int(fd) < 3)
         self.environ = original_environ()
-        self.selector = selectors.DefaultSelector()
-        defer(self.selector.close)
+        self.open_loop()
+        defer(self.close_loop)
         self.catch_signals()
-        self.log = LogThread(self.config.log_format == "json")
+        self.log = LogThread(self.config.log_format == "json", self.level)
+        self.say = self.log.say
         defer(self.release_followers)
         defer(self.log.close)
         self.token = read_token(self.config, self.warn)
@@ -2890,10 +2907,6 @@ class Supervisor:
         self.limit_files(self.many_files)
         self.cleanup.callback(self.limit_files, self.few_files)
 
-    def watch(self, source: int | socket.socket, call: Callable[[], object]) -> None:
-        """Have `call` called whenever something can be read."""
-        self.selector.register(source, selectors.EVENT_READ, call)
-
     def catch_signals(self) -> None:
         """Have signals arrive as bytes in a pipe; none is ignored in programs.
 
@@ -2901,12 +2914,6 @@ class Supervisor:
         Popen resets SIGPIPE and SIGXFSZ, which the interpreter ignores.
         """
         defer = self.cleanup.callback
-        self.wake_read, self.wake_write = wake = os.pipe()
-        for fd in wake:
-            os.set_blocking(fd, False)
-            defer(os.close, fd)
-        defer(setattr, self, "wake_write", -1)  # for threads that come too late
-        self.watch(self.wake_read, self.read_wakeups)
         before = signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
         defer(signal.set_wakeup_fd, before)
         wanted = {*ENDINGS, signal.SIGCHLD, signal.SIGHUP, signal.SIGUSR2}
@@ -2966,12 +2973,6 @@ class Supervisor:
         if when is not None:
             self.deadlines[call] = when
 
-    def post(self, call: Callable[[], object]) -> None:
-        """Have the main thread call something. Any thread."""
-        self.calls.append(call)
-        with contextlib.suppress(OSError):  # full: it is awake anyway; closed: too late
-            os.write(self.wake_write, b"\0")
-
     def ask(self, question: Callable[[], T]) -> T:
         """Have the main thread call something; return or raise its result."""
         answers: Feed[T | Exception] = Feed(1, 1)
@@ -2989,16 +2990,12 @@ class Supervisor:
             return answer
         raise HttpError(503, "the main loop is busy")
 
-    def say(self, name: str, text: str, level: str = "info") -> None:
-        """Write a message to standard error, through the log thread. Any thread."""
-        if LEVELS[level] >= self.level:
-            self.log.say(name, text, level)
-
     def warn(self, text: str) -> None:
         self.say("", text, "warning")
 
-    def read_wakeups(self) -> None:
-        numbers = set(os.read(self.wake_read, 65536))
+    def wake_up(self) -> None:
+        """Do what signals ask for, whose numbers are in the pipe."""
+        numbers = set(os.read(self.wake_read, PIPE))
         if signal.SIGCHLD in numbers:
             self.reap()
         for number in numbers.intersection(ENDINGS):
@@ -3012,8 +3009,6 @@ class Supervisor:
                 self.say("", f"cannot reload: {error}", "error")
         if signal.SIGUSR2 in numbers:
             self.reopen_logs()
-        while self.calls:
-            self.guard(self.calls.popleft())
 
     def reap(self) -> None:
         """Collect all children that have ended, and notice groups that are empty."""
