@@ -2007,7 +2007,7 @@ def as_json(content: object, status: int = 200, *headers: str) -> Response:
 @functools.lru_cache(maxsize=1)
 def all_statuses(supervisor: Supervisor, *moment: int) -> Response:
     """Answer for a moment: the text of 20 programs takes 0.3 ms, most of a request."""
-    return objects("", list(supervisor.snapshots.values()))
+    return objects("", supervisor.snapshots())
 
 
 def get_status(supervisor: Supervisor, request: Request) -> Response:
@@ -2025,19 +2025,19 @@ def objects(name: str, chosen: list[Snapshot], status: int = 200) -> Response:
     return as_json(found[0] if is_single else found, status)
 
 
-def select_programs(known: Mapping[str, Snapshot], name: str) -> list[Snapshot]:
+def select_programs(known: list[Snapshot], name: str) -> list[Snapshot]:
     """Return what a NAME means: a program, a group, a glob, `all`, several by comma."""
     import fnmatch  # only where there is a NAME
 
-    found: list[str] = []
+    named, found = {one.program.name: one for one in known}, dict[str, Snapshot]()
     for word in name.split(","):
         # Not fnmatchcase: it keeps 32768 compiled patterns for ever.
         matches = re.compile(fnmatch.translate("*" if word == "all" else word)).match
-        names = [key for key in known if matches(key) or matches(key.split(":")[0])]
+        names = [key for key in named if matches(key) or matches(key.split(":")[0])]
         if not names:
-            raise HttpError(404, f"no program {word!r}{hint(word, known)}")
-        found += names
-    return [known[key] for key in dict.fromkeys(found)]
+            raise HttpError(404, f"no program {word!r}{hint(word, named)}")
+        found |= {key: named[key] for key in names}
+    return list(found.values())
 
 
 def get_page(supervisor: Supervisor, request: Request) -> Response:
@@ -2107,7 +2107,7 @@ def stream_events(supervisor: Supervisor) -> Iterator[bytes]:
     """Yield every change of state as server-sent events, a snapshot of all first."""
     form = b"event: %b\ndata: %b\n\n"
     feed, quiet = supervisor.events, 0
-    at, known = feed.end, list(supervisor.snapshots.values())
+    at, known = feed.end, supervisor.snapshots()
     yield form % (b"snapshot", objects("", known).body)
     while at < feed.end or not feed.closed:
         items, at = feed.read(at, LOOK_INTERVAL)
@@ -2401,8 +2401,8 @@ class Conversation:  # one connection, in a thread of its own
         allowed = "GET, HEAD" if path in READS else "POST"
         if method not in allowed.split(", "):
             raise HttpError(405, f"{method} is not allowed", f"Allow: {allowed}")
-        known = dict(self.supervisor.snapshots)
-        targets = select_programs(known, name) if name else list(known.values())
+        known = self.supervisor.snapshots()
+        targets = select_programs(known, name) if name else known
         if not self.listener.is_control:
             self.check_rights(method, headers, path in ORDERS or answer is get_logs)
         pairs = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
@@ -2559,9 +2559,9 @@ class Process:
     def start_run(self) -> Event:
         """Start the program as it is defined now, unless it has to wait."""
         self.program = program = self.definition
-        known = self.supervisor.snapshots
-        needs = {name: known[name][:2] for name in program.needs if name in known}
-        if blocked := blocked_by(needs):
+        known = self.supervisor.processes
+        names = [name for name in program.needs if name in known]
+        if blocked := blocked_by({name: known[name].snapshot[:2] for name in names}):
             return blocked
         self.plan_check(time.monotonic())
         report: typing.BinaryIO = io.BytesIO()
@@ -2745,8 +2745,6 @@ class Process:
         changed_at = time.time() if new_state else changed_at
         new = Snapshot(self.program, status, self.output, started_at, changed_at)
         self.snapshot = new
-        if supervisor.processes.get(self.name) is self:
-            supervisor.snapshots[self.name] = new
         supervisor.events.append(new)
         if status.state not in (State.STARTING, State.RUNNING):
             self.plan_check(None)
@@ -3027,6 +3025,10 @@ class Supervisor(Loop):
         # Not every end makes a SIGCHLD.
         self.at(time.monotonic() + TICK if leaderless else None, self.reap)
 
+    def snapshots(self) -> list[Snapshot]:
+        """Return what is known of all programs, in order. Any thread."""
+        return [one.snapshot for one in [*self.processes.values()]]
+
     def alive(self) -> list[Process]:
         return [one for one in self.processes.values() if one.status.is_alive]
 
@@ -3052,7 +3054,6 @@ class Supervisor(Loop):
                 known[name] = Process(self, programs[name])
                 self.events.append(known[name].snapshot)
         self.processes = {name: known[name] for name in [*programs, *known]}
-        self.snapshots = {name: one.snapshot for name, one in self.processes.items()}
         self.name_width = max(map(len, programs), default=0)
         self.dependents: defaultdict[str, list[Process]] = defaultdict(list)
         for process in self.processes.values():
@@ -3082,7 +3083,6 @@ class Supervisor(Loop):
             process.renew()  # it may be defined otherwise by now
             if name in self.processes and name not in self.config.programs:
                 del self.processes[name]
-                del self.snapshots[name]
                 self.events.append(name)
                 # Its last lines may still be in the pipe.
                 self.at(time.monotonic() + FAREWELL, process.output.close)
