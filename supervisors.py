@@ -1972,13 +1972,6 @@ def status_object(snapshot: Snapshot, now: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class Listener(NamedTuple):
-    supervisor: Supervisor
-    socket: socket.socket
-    address: Address
-    is_control: bool  # everything is allowed there
-
-
 class Request(NamedTuple):
     name: str  # in the path, "" if it has none
     targets: list[Snapshot]  # what NAME means, without it all
@@ -2272,8 +2265,10 @@ ORDERS: dict[str, Answer] = {
 
 
 class Conversation:  # one connection, in a thread of its own
-    def __init__(self, listener: Listener, connection: socket.socket) -> None:
-        self.supervisor, self.listener = listener.supervisor, listener
+    def __init__(
+        self, owner: Supervisor, connection: socket.socket, at: Address, control: bool
+    ) -> None:
+        self.supervisor, self.address, self.is_control = owner, at, control
         self.connection, self.poll = connection, select.poll()
         self.poll.register(connection, select.POLLIN)
         self.input = b""  # what has come and is not used yet
@@ -2281,7 +2276,7 @@ class Conversation:  # one connection, in a thread of its own
 
     def run(self) -> None:
         """Answer requests until one side has enough; close when the client has."""
-        slots = self.supervisor.connections[self.listener.is_control]
+        slots = self.supervisor.connections[self.is_control]
         self.is_welcome = slots.acquire(blocking=False)
         try:
             with contextlib.suppress(OSError, EOFError), self.connection:
@@ -2307,7 +2302,7 @@ class Conversation:  # one connection, in a thread of its own
                 response = self.respond(*self.read_request())
                 if response.stream:
                     self.lasts = False  # its end is that of the connection
-                    slots = self.supervisor.streams[self.listener.is_control]
+                    slots = self.supervisor.streams[self.is_control]
                     if not slots.acquire(blocking=False):
                         raise HttpError(503, "too many streams")
                     stack.callback(slots.release)
@@ -2403,7 +2398,7 @@ class Conversation:  # one connection, in a thread of its own
             raise HttpError(405, f"{method} is not allowed", f"Allow: {allowed}")
         known = self.supervisor.snapshots()
         targets = select_programs(known, name) if name else known
-        if not self.listener.is_control:
+        if not self.is_control:
             self.check_rights(method, headers, path in ORDERS or answer is get_logs)
         pairs = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
         return answer(self.supervisor, Request(name, targets, pairs, headers))
@@ -2416,7 +2411,7 @@ class Conversation:  # one connection, in a thread of its own
         allowed = {one.lower() for one in self.supervisor.config.allowed_hosts}
         name, origin = re.sub(port, "", host), headers.get("Origin", "").lower()
         known = re.fullmatch(r"(.*\.)?localhost|127(\.\d{1,3}){3}|\[::1\]|", name)
-        if self.listener.address.is_loopback and not (known or {host, name} & allowed):
+        if self.address.is_loopback and not (known or {host, name} & allowed):
             raise HttpError(403, f"Host {host!r} is not one of ours, see allowed_hosts")
         place = origin.partition("://")[2]
         ours = place and (place == host or {place, re.sub(port, "", place)} & allowed)
@@ -2962,8 +2957,7 @@ class Supervisor(Loop):
             self.warn(f"{address} is open for reading, no token is set")
         if is_control:
             self.variables["SUPERVISOR_SERVER_URL"] = f"unix://{path}"
-        listener = Listener(self, bound, address, is_control)
-        self.watch(bound, functools.partial(self.accept, listener))
+        self.watch(bound, functools.partial(self.accept, bound, address, is_control))
 
     def at(self, when: float | None, call: Callable[[], object]) -> None:
         """Have something called once, at an instant; with None not at all."""
@@ -3032,15 +3026,15 @@ class Supervisor(Loop):
     def alive(self) -> list[Process]:
         return [one for one in self.processes.values() if one.status.is_alive]
 
-    def accept(self, listener: Listener) -> None:
+    def accept(self, listener: socket.socket, at: Address, control: bool) -> None:
         try:
-            connection, _ = listener.socket.accept()
+            connection, _ = listener.accept()
         except OSError:  # out of descriptors, as a rule: wait for some to be closed
-            call = self.selector.unregister(listener.socket).data
-            again = functools.partial(self.watch, listener.socket, call)
+            call = self.selector.unregister(listener).data
+            again = functools.partial(self.watch, listener, call)
             self.at(time.monotonic() + 1, again)
             return
-        conversation = Conversation(listener, connection)
+        conversation = Conversation(self, connection, at, control)
         try:
             threading.Thread(target=conversation.run, daemon=True).start()
         except RuntimeError:  # no thread to be had: a limit of processes
