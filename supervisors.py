@@ -3326,7 +3326,7 @@ class Client:
         try:
             self.address = parse_address(address)
         except ValueError as error:
-            raise SupervisorError(str(error)) from None
+            raise ConfigError([f"server: {error}"]) from None
         self.fields = f"Authorization: Bearer {token}\r\n" if token else ""
 
     def ask(
@@ -3589,8 +3589,6 @@ def parse_arguments(arguments: list[str]) -> tuple[str, list[str], dict[str, str
             raise ValueError(f"too {'few' if len(words) < least else 'many'} words")
         server = "" if "-c" in given else os.environ.get("SUPERVISOR_SERVER_URL", "")
         options = {"-c": DEFAULT_FILE, "-s": server, "-t": "60", "-n": "100", **given}
-        if verb in VERBS and options["-s"]:
-            parse_address(options["-s"])
         if verb == "signal":
             signal_number(words[0])
         if not 0 <= float(options["-t"]) <= MOST_WAIT or int(options["-n"]) < 0:
