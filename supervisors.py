@@ -101,16 +101,18 @@ def original_environ() -> dict[str, str]:
     return environ
 
 
-def become_subreaper() -> bool:
+def become_subreaper(warn: Callable[[str], object]) -> None:
     """Have orphaned descendants become our children, not those of PID 1, if we can."""
-    if os.getpid() == 1:
-        return True
+    if os.getpid() == 1 or sys.platform != "linux":
+        return
     try:
         import ctypes  # 2 ms, and only needed here
 
-        return bool(ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
+        failed = ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     except (ImportError, OSError, AttributeError):
-        return False
+        failed = -1
+    if failed:
+        warn("cannot become a subreaper: orphans go to PID 1")
 
 
 def process_fields(pid: int) -> list[bytes]:
@@ -208,8 +210,7 @@ class Init:
     def run(self) -> int:
         inherited = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        if not become_subreaper() and sys.platform == "linux":
-            say("cannot become a subreaper: orphans go to PID 1")
+        become_subreaper(say)
         self.foreground = attempt(os.tcgetpgrp, 0) == os.getpgrp()
         here = attempt(os.open, ".", os.O_RDONLY | os.O_DIRECTORY)
         if here >= 0:  # else unreadable or removed: the command stays here with us
@@ -2880,8 +2881,7 @@ class Supervisor(Loop):
         self.bind_all()
         self.raise_file_limit()
         self.spared = children_before()
-        if not become_subreaper() and sys.platform == "linux":
-            self.warn("cannot become a subreaper: orphans go to PID 1")
+        become_subreaper(self.warn)
         if self.config.private:
             self.watch(0, self.lose_parent)
         if self.config.path:
