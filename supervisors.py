@@ -2784,15 +2784,13 @@ class Process:
         return state is not State.WAITING and verdict(program, self.status) != ""
 
 
-def read_token(config: Config, warn: Callable[[str], object]) -> str:
+def read_token(config: Config) -> str:
     """Return the token of a configuration; raises ConfigError."""
     path = config.token_file
     if not path:
         return config.token
     try:
         with open(path, encoding="utf-8") as file:
-            if os.fstat(file.fileno()).st_mode & 0o077:
-                warn(f"token_file {path!r} can be read by others")
             return file.read().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"cannot read token_file {path!r}: {error}"]) from None
@@ -2877,7 +2875,7 @@ class Supervisor(Loop):
         self.say = self.log.say
         defer(self.release_followers)
         defer(self.log.close)
-        self.token = read_token(self.config, self.warn)
+        self.token = read_token(self.config)
         self.bind_all()
         self.raise_file_limit()
         self.spared = children_before()
@@ -3181,7 +3179,7 @@ class Supervisor(Loop):
         if self.busy or not old.path:
             raise SupervisorError(self.busy or "it has no file")
         config = load_config(old.path, old.private)
-        self.token = read_token(config, self.warn)
+        self.token = read_token(config)
         self.config = config
         self.log.as_json = config.log_format == "json"
         result = self.change_programs(old.programs)
@@ -3442,7 +3440,7 @@ def connect(options: Mapping[str, str]) -> Client:
     with contextlib.suppress(ConfigError):  # a verb works while the file is broken
         environ = original_environ()
         config = Config(**read_table(declared(Config), read_toml(path), environ)[0])
-        token = token or read_token(config, lambda warning: None)
+        token = token or read_token(config)
     addresses = [server]
     if not server:
         any_host = re.compile(r"^(0\.0\.0\.0)?:")
