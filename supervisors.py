@@ -3463,12 +3463,9 @@ def do_status(client: Client, options: Mapping[str, str], names: str) -> int:
         print(json.dumps(objects, indent=2))
     else:
         width = max(len(one["name"]) for one in objects)
-        coloured = not os.environ.get("NO_COLOR") and sys.stdout.isatty()
-        colours = {"RUNNING": 32, "BACKOFF": 31, "FATAL": 31} if coloured else {}
         for one in objects:
-            state, code = f"{one['state']:<9}", colours.get(one["state"])
-            state = f"\033[{code}m{state}\033[0m" if code else state
-            print(f"{one['name']:<{width}}   {state} {one['description']}".rstrip())
+            line = f"{one['name']:<{width}}   {one['state']:<9} {one['description']}"
+            print(line.rstrip())
     return 3 if any(one["name"] in unwell for one in objects) else 0
 
 

@@ -3878,28 +3878,6 @@ def run_verb(
     )
 
 
-def run_verb_on_terminal(folder: Path, *arguments: str, **variables: str) -> bytes:
-    """Run the script with its output on a terminal; return what it shows there."""
-    master, slave = os.openpty()
-    process = subprocess.Popen(
-        [PYTHON, str(SCRIPT), *arguments],
-        cwd=folder,
-        env=own_environment(**variables),
-        stdin=subprocess.DEVNULL,
-        stdout=slave,
-        stderr=slave,
-    )
-    os.close(slave)
-    shown = b""
-    # Reading a terminal that the last writer has closed is EIO on Linux.
-    with contextlib.suppress(OSError):
-        while block := os.read(master, 4096):
-            shown += block
-    os.close(master)
-    process.wait(LIMIT)
-    return shown
-
-
 def rewrite(run: Run, config: str, listen: str = '""') -> None:
     """Replace the configuration of a supervisor that the fixture has started."""
     head = f'listen = {listen}\ncontrol = "s"\n'
@@ -4198,16 +4176,6 @@ def test_a_bad_command_line_is_2(tmp_path: Path, arguments: str) -> None:
     assert (answer.returncode, answer.stdout) == (2, "")
     assert answer.stderr
     assert "Traceback" not in answer.stderr
-
-
-def test_status_is_coloured_only_on_a_terminal_and_without_no_color(
-    shared: Shared,
-) -> None:
-    assert b"\x1b[" in run_verb_on_terminal(shared.run.folder, "status")
-    plain = run_verb_on_terminal(shared.run.folder, "status", NO_COLOR="1")
-    assert b"RUNNING" in plain
-    assert b"\x1b" not in plain
-    assert "\x1b" not in run_verb(shared.run.folder, "status").stdout
 
 
 def test_verbs_work_from_inside_a_program_without_an_option(
