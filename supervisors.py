@@ -869,8 +869,9 @@ Checked = NamedTuple("Checked", [("problem", str)])  # of a health check; "" it 
 Happening = Due | Blocked | Spawned | SpawnFailed | Exited | Emptied
 Event = Start | Stop | Restart | Happening | Ready | Alive | Text | Checked
 # Actions. Spawn is answered with Blocked, Spawned or SpawnFailed before any other
-# event; a signal goes to the group, or to the leader where `stopasgroup` is false; a
-# Kill is SIGKILL to the group.
+# event, but what was spawned may be a `trampoline`, whose SpawnFailed comes later. A
+# signal goes to the group, or to the leader where `stopasgroup` is false; a Kill is
+# SIGKILL to the group.
 Spawn = NamedTuple("Spawn", [])
 Signal = NamedTuple("Signal", [("name", str)])
 Kill = NamedTuple("Kill", [])
@@ -890,7 +891,7 @@ def step(program: Program, now: float, status: Status, event: Event) -> Step:
         Restart     begin   begin   STOPPING  STOPPING  begin   =        begin   begin
         Due         =       begin   =|RUNNING =|STOPPING =|begin =       =       =
         Spawned     !       !       =|RUNNING !         !       !        !       !
-        SpawnFailed !       !       end       !         !       !        !       !
+        SpawnFailed !       !       end       end       !       !        !       !
         Exited      !       !       end|STOPPING end|STOPPING ! end|=    !       !
         Emptied     !       !       !         !         !       end      !       !
         Blocked     !       !       WAITING   !         !       !        !       !
@@ -919,9 +920,10 @@ def step(program: Program, now: float, status: Status, event: Event) -> Step:
         status = status._replace(announced=True, deadline=now + startsecs)
         return due(program, now, status)
     if isinstance(event, SpawnFailed):
-        assert state is State.STARTING
+        assert state in (State.STARTING, State.RUNNING)
+        status = status._replace(pid=None, ran=-1.0, exit_code=event.code)
         status = status._replace(after=After.JUDGE, reason=event.reason)
-        return judge(program, now, status._replace(ran=-1.0, exit_code=event.code))
+        return judge(program, now, status)
     if isinstance(event, Exited):
         return exited(program, now, status, event)
     if isinstance(event, Emptied):
@@ -2677,7 +2679,6 @@ class Process:
         with report:  # b"" after exec; None while another holds the pipe's other end
             reason = (report.read() or b"").decode(errors="replace")
         if reason and self.status.state is not State.STOPPING:
-            self.status = self.status._replace(state=State.STARTING, pid=None)
             self.apply(SpawnFailed(f"cannot start {self.name}: {reason}", code))
         else:
             self.apply(Exited(code, survivors=send(-self.group, 0)))
