@@ -876,11 +876,11 @@ Spawn = NamedTuple("Spawn", [])
 Signal = NamedTuple("Signal", [("name", str)])
 Kill = NamedTuple("Kill", [])
 Action = Spawn | Signal | Kill
-Step = tuple[Status, tuple[Action, ...]]
+Step = tuple[Status, Action | None]
 
 
 def step(program: Program, now: float, status: Status, event: Event) -> Step:
-    """Return the status after an event, and what is to be done.
+    """Return the status after an event, and what is to be done, if anything.
 
     `begin` is STARTING, with the action Spawn; `end` is what `judge` decides; `=`
     stays; `!` cannot happen. Where there are two, it depends.
@@ -904,9 +904,9 @@ def step(program: Program, now: float, status: Status, event: Event) -> Step:
     if isinstance(event, (Start, Stop, Restart)):
         after = After.STOP if isinstance(event, Stop) else After.START
         if state is State.STOPPING:  # the last order wins
-            return status._replace(after=after), ()
+            return status._replace(after=after), None
         if isinstance(event, Start) and (status.is_alive or state is State.WAITING):
-            return status, ()
+            return status, None
         proceed = halt if status.is_alive else judge
         return proceed(program, now, status._replace(after=after, reason=""))
     if isinstance(event, Due):
@@ -915,7 +915,7 @@ def step(program: Program, now: float, status: Status, event: Event) -> Step:
         assert state is State.STARTING
         status = status._replace(pid=event.pid, started=now)
         if program.type == "notify":
-            return status._replace(reason=AWAITS_READY), ()
+            return status._replace(reason=AWAITS_READY), None
         startsecs = 0.0 if program.type == "oneshot" else program.startsecs
         status = status._replace(announced=True, deadline=now + startsecs)
         return due(program, now, status)
@@ -932,16 +932,16 @@ def step(program: Program, now: float, status: Status, event: Event) -> Step:
     if isinstance(event, Blocked):
         assert state is State.STARTING
         status = status._replace(state=State.WAITING, reason=event.reason)
-        return status._replace(blocked_as=event.cause), ()
+        return status._replace(blocked_as=event.cause), None
     if isinstance(event, (Ready, Alive)):
         awaited = program.type == "notify" and state is State.STARTING
         if awaited and isinstance(event, Ready):
             status = status._replace(state=State.RUNNING, announced=True, reason="")
         if status.state is State.RUNNING and program.watchdog_secs is not None:
             status = status._replace(deadline=now + program.watchdog_secs)
-        return status, ()
+        return status, None
     if isinstance(event, Text):
-        return status._replace(status_text=event.text), ()
+        return status._replace(status_text=event.text), None
     if isinstance(event, Checked):
         return checked(program, now, status, event)
     assert_never(event)
@@ -951,13 +951,13 @@ def begin(status: Status, automatic: bool = False) -> Step:
     restarts = status.restarts + automatic
     status = status._replace(state=State.STARTING, deadline=None, restarts=restarts)
     status = status._replace(announced=False, status_text="", checks_failed=0)
-    return status._replace(reason=""), (Spawn(),)
+    return status._replace(reason=""), Spawn()
 
 
 def halt(program: Program, now: float, status: Status) -> Step:
     """Ask a run to end; its status says already why, and what comes after."""
     status = status._replace(state=State.STOPPING, deadline=now + program.stopwaitsecs)
-    return status, (Signal(program.stopsignal),)
+    return status, Signal(program.stopsignal)
 
 
 def due(program: Program, now: float, status: Status) -> Step:
@@ -966,35 +966,35 @@ def due(program: Program, now: float, status: Status) -> Step:
     if state is State.WAITING:
         return begin(status)
     if status.deadline is None or now < status.deadline:
-        return status, ()
+        return status, None
     if state is State.STARTING:
-        return status._replace(state=State.RUNNING, deadline=None), ()
+        return status._replace(state=State.RUNNING, deadline=None), None
     if state is State.RUNNING:
         reason = f"no WATCHDOG=1 for {program.watchdog_secs:g} s"
         return halt(program, now, status._replace(after=After.FAIL, reason=reason))
     if state is State.BACKOFF:
         return begin(status, automatic=True)
     if state is not State.STOPPING:
-        return status, ()
+        return status, None
     killed, reason = f"killed after {program.stopwaitsecs:g} s", status.reason
     if killed not in reason:
         reason = f"{reason}, {killed}".removeprefix(", ")
-    return status._replace(deadline=now + KILL_AGAIN, reason=reason), (Kill(),)
+    return status._replace(deadline=now + KILL_AGAIN, reason=reason), Kill()
 
 
 def exited(program: Program, now: float, status: Status, event: Exited) -> Step:
     assert status.is_alive
     ran = now - status.started
     status = status._replace(pid=None, ran=ran, exit_code=event.code)
-    actions: tuple[Action, ...] = ()
+    action: Action | None = None
     if status.state is not State.STOPPING:
         status = status._replace(after=After.JUDGE, reason=describe_end(event.code))
-        status, actions = halt(program, now, status)
+        status, action = halt(program, now, status)
     if not event.survivors:
         return judge(program, now, status)
     if program.stopasgroup:
-        return status, actions
-    return status._replace(deadline=now + KILL_AGAIN), (Kill(),)
+        return status, action
+    return status._replace(deadline=now + KILL_AGAIN), Kill()
 
 
 def judge(program: Program, now: float, status: Status) -> Step:
@@ -1006,45 +1006,47 @@ def judge(program: Program, now: float, status: Status) -> Step:
     """
     status = status._replace(deadline=None, healthy=None)
     if status.after is After.STOP:
-        return status._replace(state=State.STOPPED, failures=0), ()
+        return status._replace(state=State.STOPPED, failures=0), None
     if status.after is After.START:
         return begin(status._replace(failures=0))
     executed, failed = status.ran >= 0, status.after is After.FAIL
     expected = executed and not failed and last_code(status) in program.exitcodes
     if program.autorestart is False or (expected and program.autorestart is not True):
         state = State.EXITED if executed else State.FATAL
-        return status._replace(state=state, succeeded=expected), ()
+        return status._replace(state=state, succeeded=expected), None
     stayed_up = status.announced and status.ran >= program.startsecs
     earlier = status.failures if status.ran < program.backoff_limit else 0
     failures = 0 if expected and stayed_up else earlier + 1
     status = status._replace(failures=failures)
     if program.startretries is not None and failures > program.startretries:
-        return status._replace(state=State.FATAL, succeeded=False), ()
+        return status._replace(state=State.FATAL, succeeded=False), None
     if stayed_up and failures <= 1:
         return begin(status, automatic=True)
     doublings = min(failures - 1, 60)  # 2**60 seconds is beyond every limit
     wait = min(program.backoff_delay * 2.0**doublings, program.backoff_limit)
     # So that a fleet does not restart in step; importing `random` would cost too much.
     factor = 0.9 + hash((program.name, failures, now)) % 2001 / 10_000
-    return status._replace(state=State.BACKOFF, deadline=now + wait * factor), ()
+    return status._replace(state=State.BACKOFF, deadline=now + wait * factor), None
 
 
 def checked(program: Program, now: float, status: Status, event: Checked) -> Step:
     check, failed = program.healthcheck, status.checks_failed + 1
     if check is None or status.state not in (State.STARTING, State.RUNNING):
-        return status, ()
+        return status, None
     if not event.problem:
         reason = "" if status.announced else AWAITS_READY
-        return status._replace(healthy=True, checks_failed=0, reason=reason), ()
+        return status._replace(healthy=True, checks_failed=0, reason=reason), None
     # As in Compose, the start period ends with the first check that passes.
     if status.healthy is None and now < status.started + check.start_period:
-        return status._replace(reason=f"not yet healthy: {event.problem}"), ()
+        return status._replace(reason=f"not yet healthy: {event.problem}"), None
     status = status._replace(checks_failed=failed)
     if failed < check.retries:
-        return status._replace(reason=f"check failed: {event.problem}"), ()
+        return status._replace(reason=f"check failed: {event.problem}"), None
     reason = f"unhealthy: {event.problem}"
     status = status._replace(healthy=False, after=After.FAIL, reason=reason)
-    return (status, ()) if program.autorestart is False else halt(program, now, status)
+    if program.autorestart is False:
+        return status, None
+    return halt(program, now, status)
 
 
 def last_code(status: Status) -> int | None:
@@ -2483,7 +2485,7 @@ def control_path(control: str, path: str) -> str:
 # === 9. Supervisor ====================================================================
 #
 # The main loop: the nearest deadline, select, signals through the wake-up descriptor,
-# reap, feed `step`, do its actions, publish. There is no tick; idle, it sleeps.
+# reap, feed `step`, do its action, publish. There is no tick; idle, it sleeps.
 
 ENDINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 LONGEST_SLEEP = 86_400.0  # seconds; epoll_wait(2) takes milliseconds in 31 bits
@@ -2535,17 +2537,16 @@ class Process:
 
     def apply(self, event: Event) -> None:
         """Feed an event to the state machine, do what it says, publish the result."""
-        self.status, actions = step(self.program, time.monotonic(), self.status, event)
-        for action in actions:
-            if isinstance(action, Spawn):
-                self.apply(self.start_run())
-                return
-            if isinstance(action, Signal):
-                # A stopped process takes no signal but SIGCONT.
-                self.signal(signal_number(action.name))
-                self.signal(signal.SIGCONT)
-            else:
-                send(-self.group, signal.SIGKILL)
+        self.status, action = step(self.program, time.monotonic(), self.status, event)
+        if isinstance(action, Spawn):
+            self.apply(self.start_run())
+            return
+        if isinstance(action, Signal):
+            # A stopped process takes no signal but SIGCONT.
+            self.signal(signal_number(action.name))
+            self.signal(signal.SIGCONT)
+        elif isinstance(action, Kill):
+            send(-self.group, signal.SIGKILL)
         self.supervisor.at(self.status.deadline, self.renew)
         self.publish()
 

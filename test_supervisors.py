@@ -869,10 +869,10 @@ print([m for m in ("dataclasses", "http", "argparse") if m in sys.modules])
 
 def follow(web: Program, *events: tuple[float, Any]) -> supervisors.Step:
     """Feed events, each with its time, to a stopped program; return the last answer."""
-    status, actions = Status(), tuple[supervisors.Action, ...]()
+    status, action = Status(), None
     for now, event in events:
-        status, actions = step(web, now, status, event)
-    return status, actions
+        status, action = step(web, now, status, event)
+    return status, action
 
 
 def crash(web: Program, now: float, status: Status, ran: float) -> Status:
@@ -884,24 +884,20 @@ def crash(web: Program, now: float, status: Status, ran: float) -> Status:
     return status
 
 
-def orders(actions: Iterable[supervisors.Action]) -> list[str]:
-    """Return actions as text: as tuples without fields, Spawn and Kill are equal."""
-    return [repr(action) for action in actions]
-
-
+# Actions are compared as text: as tuples without fields, Spawn and Kill are equal.
 STARTED = ((0.0, Start()), (0.0, Spawned(100)))
 RUNNING = (*STARTED, (1.0, Due()))
 
 
 def test_start_spawns() -> None:
-    _, actions = follow(program(), (0.0, Start()))
-    assert orders(actions) == ["Spawn()"]
+    _, action = follow(program(), (0.0, Start()))
+    assert repr(action) == "Spawn()"
 
 
 def test_spawned_program_is_starting_until_startsecs() -> None:
-    status, actions = follow(program("startsecs = 3"), *STARTED)
+    status, action = follow(program("startsecs = 3"), *STARTED)
     assert (status.state, status.pid, status.deadline) == (State.STARTING, 100, 3.0)
-    assert actions == ()
+    assert action is None
 
 
 def test_program_runs_after_startsecs() -> None:
@@ -924,17 +920,17 @@ def test_oneshot_runs_at_once() -> None:
 
 @pytest.mark.parametrize("code", [0, 1])
 def test_end_without_autorestart_is_final(code: int) -> None:
-    status, actions = follow(program(), *RUNNING, (5.0, Exited(code, False)))
+    status, action = follow(program(), *RUNNING, (5.0, Exited(code, False)))
     assert (status.state, status.exit_code, status.pid) == (State.EXITED, code, None)
-    assert (status.deadline, actions) == (None, ())
+    assert (status.deadline, action) == (None, None)
 
 
 def test_unexecutable_program_without_autorestart_is_fatal() -> None:
     failed = SpawnFailed("cannot start web: no such command: 'web'", 127)
-    status, actions = follow(program(), (0.0, Start()), (0.0, failed))
+    status, action = follow(program(), (0.0, Start()), (0.0, failed))
     assert (status.state, status.exit_code) == (State.FATAL, 127)
     assert "no such command" in status.reason
-    assert actions == ()
+    assert action is None
 
 
 def test_unexecutable_program_with_autorestart_backs_off() -> None:
@@ -964,9 +960,9 @@ def test_autorestart_says_which_ends_are_final(
     autorestart: str, code: int, final: bool
 ) -> None:
     web = program(f"autorestart = {autorestart}\nexitcodes = [0, 7, 143]")
-    status, actions = follow(web, *RUNNING, (5.0, Exited(code, False)))
+    status, action = follow(web, *RUNNING, (5.0, Exited(code, False)))
     assert (status.state is State.EXITED) == final
-    assert (orders(actions) == ["Spawn()"]) == (not final)
+    assert (repr(action) == "Spawn()") == (not final)
     assert status.exit_code == code
 
 
@@ -978,34 +974,34 @@ def test_expected_end_of_a_good_run_is_no_failure_and_restarts_at_once() -> None
     status, _ = step(web, 3.0, status, Due())
     status, _ = step(web, 3.0, status, Spawned(101))
     status, _ = step(web, 4.0, status, Due())
-    status, actions = step(web, 5.0, status, Exited(0, False))
+    status, action = step(web, 5.0, status, Exited(0, False))
     assert status.failures == 0
-    assert orders(actions) == ["Spawn()"]
+    assert repr(action) == "Spawn()"
     assert status.restarts == 3
 
 
 def test_expected_end_before_startsecs_is_a_failure() -> None:
     web = program("autorestart = true")
-    status, actions = follow(web, *STARTED, (0.9, Exited(0, False)))
-    assert (status.state, status.failures, actions) == (State.BACKOFF, 1, ())
+    status, action = follow(web, *STARTED, (0.9, Exited(0, False)))
+    assert (status.state, status.failures, action) == (State.BACKOFF, 1, None)
 
 
 def test_end_just_before_startsecs_never_counts_as_stayed_up() -> None:
     web = program("autorestart = true\nstartsecs = 10")
-    status, actions = follow(web, *STARTED, (9.0, Exited(1, False)))
-    assert (status.state, status.failures, actions) == (State.BACKOFF, 1, ())
+    status, action = follow(web, *STARTED, (9.0, Exited(1, False)))
+    assert (status.state, status.failures, action) == (State.BACKOFF, 1, None)
 
 
 def test_end_after_startsecs_is_judged_by_uptime_though_due_comes_late() -> None:
     web = program("autorestart = true")
-    status, actions = follow(web, *STARTED, (1.5, Exited(1, False)))
-    assert (status.failures, orders(actions)) == (1, ["Spawn()"])
+    status, action = follow(web, *STARTED, (1.5, Exited(1, False)))
+    assert (status.failures, repr(action)) == (1, "Spawn()")
 
 
 def test_first_failure_after_a_good_run_restarts_at_once() -> None:
     web = program("autorestart = true")
-    status, actions = follow(web, *RUNNING, (5.0, Exited(1, False)))
-    assert (status.failures, status.restarts, orders(actions)) == (1, 1, ["Spawn()"])
+    status, action = follow(web, *RUNNING, (5.0, Exited(1, False)))
+    assert (status.failures, status.restarts, repr(action)) == (1, 1, "Spawn()")
 
 
 def test_second_failure_after_a_good_run_waits() -> None:
@@ -1023,8 +1019,8 @@ def test_run_of_backoff_limit_clears_the_failures() -> None:
     status, _ = step(web, 11.5, status, Due())
     status, _ = step(web, 11.5, status, Spawned(101))
     status, _ = step(web, 12.5, status, Due())
-    status, actions = step(web, 20.0, status, Exited(1, False))
-    assert (status.failures, orders(actions)) == (1, ["Spawn()"])
+    status, action = step(web, 20.0, status, Exited(1, False))
+    assert (status.failures, repr(action)) == (1, "Spawn()")
 
 
 def test_backoff_doubles_up_to_its_limit_within_a_tenth() -> None:
@@ -1037,8 +1033,8 @@ def test_backoff_doubles_up_to_its_limit_within_a_tenth() -> None:
         assert status.deadline is not None
         assert status.deadline - (now + 0.1) == pytest.approx(expected, rel=0.1)
         now = status.deadline
-        status, actions = step(web, now, status, Due())
-        assert orders(actions) == ["Spawn()"]
+        status, action = step(web, now, status, Due())
+        assert repr(action) == "Spawn()"
 
 
 def test_backoff_of_a_thousand_failures_is_still_its_limit() -> None:
@@ -1079,22 +1075,22 @@ def test_more_failures_than_startretries_are_fatal(retries: int) -> None:
 def test_due_before_the_deadline_changes_nothing() -> None:
     web = program("autorestart = true")
     starting, _ = follow(web, *STARTED)
-    assert step(web, 0.5, starting, Due()) == (starting, ())
+    assert step(web, 0.5, starting, Due()) == (starting, None)
     waiting = crash(web, 0.0, follow(web, (0.0, Start()))[0], 0.1)
-    assert step(web, 0.2, waiting, Due()) == (waiting, ())
+    assert step(web, 0.2, waiting, Due()) == (waiting, None)
 
 
 def test_stop_sends_the_stop_signal_and_waits_stopwaitsecs() -> None:
     web = program("stopsignal = 'QUIT'\nstopwaitsecs = 4")
-    status, actions = follow(web, *RUNNING, (5.0, Stop()))
+    status, action = follow(web, *RUNNING, (5.0, Stop()))
     assert (status.state, status.deadline) == (State.STOPPING, 9.0)
-    assert orders(actions) == ["Signal(name='QUIT')"]
+    assert repr(action) == "Signal(name='QUIT')"
 
 
 def test_stop_that_overruns_is_killed_and_then_awaited() -> None:
     web = program("stopwaitsecs = 4")
-    status, actions = follow(web, *RUNNING, (5.0, Stop()), (9.0, Due()))
-    assert (status.state, orders(actions)) == (State.STOPPING, ["Kill()"])
+    status, action = follow(web, *RUNNING, (5.0, Stop()), (9.0, Due()))
+    assert (status.state, repr(action)) == (State.STOPPING, "Kill()")
     status, _ = step(web, 9.1, status, Exited(-signal.SIGKILL, False))
     assert status.state is State.STOPPED
 
@@ -1102,20 +1098,20 @@ def test_stop_that_overruns_is_killed_and_then_awaited() -> None:
 def test_requested_stop_is_never_a_failure() -> None:
     web = program("autorestart = true")
     events = (*RUNNING, (5.0, Stop()), (5.1, Exited(-signal.SIGTERM, False)))
-    status, actions = follow(web, *events)
-    assert (status.state, status.failures, actions) == (State.STOPPED, 0, ())
+    status, action = follow(web, *events)
+    assert (status.state, status.failures, action) == (State.STOPPED, 0, None)
     assert (status.exit_code, status.pid) == (-signal.SIGTERM, None)
 
 
 def test_leader_that_leaves_its_group_behind_is_stopping_until_it_is_empty() -> None:
     web = program("autorestart = true\nstopwaitsecs = 4")
-    status, actions = follow(web, *RUNNING, (5.0, Exited(1, True)))
+    status, action = follow(web, *RUNNING, (5.0, Exited(1, True)))
     assert (status.state, status.deadline) == (State.STOPPING, 9.0)
-    assert orders(actions) == ["Signal(name='TERM')"]
-    status, actions = step(web, 9.0, status, Due())
-    assert orders(actions) == ["Kill()"]
-    status, actions = step(web, 9.5, status, Emptied())
-    assert orders(actions) == ["Spawn()"]
+    assert repr(action) == "Signal(name='TERM')"
+    status, action = step(web, 9.0, status, Due())
+    assert repr(action) == "Kill()"
+    status, action = step(web, 9.5, status, Emptied())
+    assert repr(action) == "Spawn()"
     assert (status.exit_code, status.failures, status.restarts) == (1, 1, 1)
 
 
@@ -1128,79 +1124,79 @@ def test_group_that_outlives_its_leader_does_not_lengthen_the_run() -> None:
 
 def test_group_is_killed_at_once_where_only_the_leader_is_signalled() -> None:
     web = program("stopasgroup = false")
-    status, actions = follow(web, *RUNNING, (5.0, Exited(0, True)))
-    assert (status.state, orders(actions)) == (State.STOPPING, ["Kill()"])
+    status, action = follow(web, *RUNNING, (5.0, Exited(0, True)))
+    assert (status.state, repr(action)) == (State.STOPPING, "Kill()")
 
 
 def test_stop_of_a_program_whose_leader_is_gone_ends_stopped() -> None:
     web = program("autorestart = true")
     events = (*RUNNING, (5.0, Exited(1, True)), (5.1, Stop()), (6.0, Emptied()))
-    status, actions = follow(web, *events)
-    assert (status.state, actions) == (State.STOPPED, ())
+    status, action = follow(web, *events)
+    assert (status.state, action) == (State.STOPPED, None)
 
 
 def test_stop_in_backoff_is_honoured_at_once() -> None:
     web = program("autorestart = true")
     waiting = crash(web, 0.0, follow(web, (0.0, Start()))[0], 0.1)
-    status, actions = step(web, 0.2, waiting, Stop())
-    assert (status.state, status.deadline, actions) == (State.STOPPED, None, ())
+    status, action = step(web, 0.2, waiting, Stop())
+    assert (status.state, status.deadline, action) == (State.STOPPED, None, None)
 
 
 def test_start_in_backoff_spawns_at_once_and_clears_the_failures() -> None:
     web = program("autorestart = true")
     waiting = crash(web, 0.0, follow(web, (0.0, Start()))[0], 0.1)
-    status, actions = step(web, 0.2, waiting, Start())
-    assert (status.failures, status.restarts, orders(actions)) == (0, 0, ["Spawn()"])
+    status, action = step(web, 0.2, waiting, Start())
+    assert (status.failures, status.restarts, repr(action)) == (0, 0, "Spawn()")
 
 
 @pytest.mark.parametrize("code", [0, 1])
 def test_start_of_an_exited_program_spawns_and_is_no_restart(code: int) -> None:
     events = (*RUNNING, (5.0, Exited(code, False)), (6.0, Start()))
-    status, actions = follow(program(), *events)
-    assert (status.restarts, orders(actions)) == (0, ["Spawn()"])
+    status, action = follow(program(), *events)
+    assert (status.restarts, repr(action)) == (0, "Spawn()")
 
 
 def test_start_of_what_runs_does_nothing() -> None:
     running, _ = follow(program(), *RUNNING)
-    assert step(program(), 5.0, running, Start()) == (running, ())
+    assert step(program(), 5.0, running, Start()) == (running, None)
 
 
 @pytest.mark.parametrize("code", [0, 1])
 def test_stop_turns_an_exited_program_into_a_stopped_one(code: int) -> None:
     events = (*RUNNING, (5.0, Exited(code, False)), (6.0, Stop()))
-    status, actions = follow(program(), *events)
-    assert (status.state, actions) == (State.STOPPED, ())
+    status, action = follow(program(), *events)
+    assert (status.state, action) == (State.STOPPED, None)
 
 
 def test_start_while_stopping_wins_when_it_is_the_last_word() -> None:
     web = program()
     events = (*RUNNING, (5.0, Stop()), (5.1, Start()))
-    status, actions = follow(web, *events)
-    assert (status.state, actions) == (State.STOPPING, ())
-    _, actions = step(web, 5.2, status, Exited(-signal.SIGTERM, False))
-    assert orders(actions) == ["Spawn()"]
+    status, action = follow(web, *events)
+    assert (status.state, action) == (State.STOPPING, None)
+    _, action = step(web, 5.2, status, Exited(-signal.SIGTERM, False))
+    assert repr(action) == "Spawn()"
 
 
 def test_stop_while_restarting_wins_when_it_is_the_last_word() -> None:
     web = program("autorestart = true")
     events = (*RUNNING, (5.0, Restart()), (5.1, Start()), (5.2, Stop()))
-    status, actions = follow(web, *events)
-    status, actions = step(web, 5.3, status, Exited(-signal.SIGTERM, False))
-    assert (status.state, actions) == (State.STOPPED, ())
+    status, action = follow(web, *events)
+    status, action = step(web, 5.3, status, Exited(-signal.SIGTERM, False))
+    assert (status.state, action) == (State.STOPPED, None)
 
 
 def test_restart_stops_and_spawns_again_without_counting() -> None:
     web = program()
-    status, actions = follow(web, *RUNNING, (5.0, Restart()))
+    status, action = follow(web, *RUNNING, (5.0, Restart()))
     assert status.state is State.STOPPING
-    assert orders(actions) == ["Signal(name='TERM')"]
-    status, actions = step(web, 5.1, status, Exited(-signal.SIGTERM, False))
-    assert (status.restarts, status.failures, orders(actions)) == (0, 0, ["Spawn()"])
+    assert repr(action) == "Signal(name='TERM')"
+    status, action = step(web, 5.1, status, Exited(-signal.SIGTERM, False))
+    assert (status.restarts, status.failures, repr(action)) == (0, 0, "Spawn()")
 
 
 def test_restart_of_a_stopped_program_starts_it() -> None:
-    _, actions = follow(program(), (0.0, Restart()))
-    assert orders(actions) == ["Spawn()"]
+    _, action = follow(program(), (0.0, Restart()))
+    assert repr(action) == "Spawn()"
 
 
 def documented_transitions() -> dict[tuple[str, str], list[str]]:
@@ -1284,12 +1280,12 @@ def test_step_does_what_its_table_says(event: str, name: str) -> None:
             with pytest.raises(AssertionError):
                 step(web, 100.0, status, one)
             continue
-        after, actions = step(web, 100.0, status, one)
+        after, action = step(web, 100.0, status, one)
         reached.add(after.state)
         assert any(after.state in allowed for allowed in sets)
         if after.state is not state:
-            acts = {State.STARTING: ["Spawn()"]}.get(after.state, [])
-            assert orders(actions) == acts or after.state is State.STOPPING
+            asked = "Spawn()" if after.state is State.STARTING else "None"
+            assert repr(action) == asked or after.state is State.STOPPING
     assert all(reached & allowed for allowed in sets)
 
 
@@ -3713,17 +3709,15 @@ class World:
         self.pids = 0
 
     def feed(self, event: supervisors.Event) -> None:
-        self.status, actions = supervisors.step(
+        self.status, action = supervisors.step(
             self.program, self.now, self.status, event
         )
-        for action in actions:
-            if isinstance(action, supervisors.Spawn):
-                self.feed(self.spawn())
-            else:
-                assert self.leader or self.members, "a signal to nobody"
-            if isinstance(action, supervisors.Kill) and not self.leader:
-                self.members = False
-                self.feed(supervisors.Emptied())
+        if isinstance(action, supervisors.Spawn):
+            self.feed(self.spawn())
+        elif action is not None:
+            assert self.leader or self.members, "a signal to nobody"
+        if isinstance(action, supervisors.Kill) and not self.leader:
+            self.empty()
 
     def spawn(self) -> supervisors.Event:
         assert self.wanted, "started against the last order"
