@@ -886,7 +886,7 @@ def step(program: Program, now: float, status: Status, event: Event) -> Step:
     stays; `!` cannot happen. Where there are two, it depends.
 
                     STOPPED WAITING STARTING  RUNNING   BACKOFF STOPPING EXITED  FATAL
-        Start       begin   =       =         =         begin   =        begin   begin
+        Start       begin   begin   =         =         begin   =        begin   begin
         Stop        =       STOPPED STOPPING  STOPPING  STOPPED =        STOPPED STOPPED
         Restart     begin   begin   STOPPING  STOPPING  begin   =        begin   begin
         Due         =       begin   =|RUNNING =|STOPPING =|begin =       =       =
@@ -905,7 +905,7 @@ def step(program: Program, now: float, status: Status, event: Event) -> Step:
         after = After.STOP if isinstance(event, Stop) else After.START
         if state is State.STOPPING:  # the last order wins
             return status._replace(after=after), None
-        if isinstance(event, Start) and (status.is_alive or state is State.WAITING):
+        if isinstance(event, Start) and status.is_alive:
             return status, None
         proceed = halt if status.is_alive else judge
         return proceed(program, now, status._replace(after=after, reason=""))
@@ -1469,7 +1469,7 @@ class LogThread(Loop):
     def run(self) -> None:
         # All signals are the main thread's; and a terminal with `tostop` stops a
         # background writer unless SIGTTOU is blocked (tty_ioctl(4)).
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         while self.closing == float("inf"):
             if 0 < self.turn(None) < LITTLE:
                 time.sleep(NAP)
@@ -2910,7 +2910,7 @@ class Supervisor(Loop):
         before = signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
         defer(signal.set_wakeup_fd, before)
         wanted = {*ENDINGS, signal.SIGCHLD, signal.SIGHUP, signal.SIGUSR2}
-        for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:
+        for number in SIGNALS - {signal.SIGPIPE, signal.SIGXFSZ}:
             handler = signal.getsignal(number)
             if number in wanted or handler == signal.SIG_IGN:  # from nohup, say
                 signal.signal(number, lambda number, frame: None)
