@@ -862,12 +862,10 @@ SpawnFailed = NamedTuple("SpawnFailed", [("reason", str), ("code", int)])  # 127
 # The leader was reaped, with -N for signal N; some of its group may live on.
 Exited = NamedTuple("Exited", [("code", int), ("survivors", bool)])
 Emptied = NamedTuple("Emptied", [])  # the leader was reaped, its group is empty
-Ready = NamedTuple("Ready", [])  # it said READY=1
-Alive = NamedTuple("Alive", [])  # it said WATCHDOG=1
-Text = NamedTuple("Text", [("text", str)])  # it said STATUS=text
+Told = NamedTuple("Told", [("text", str)])  # it said a line of sd_notify(3)
 Checked = NamedTuple("Checked", [("problem", str)])  # of a health check; "" it passed
-Happening = Due | Blocked | Spawned | SpawnFailed | Exited | Emptied
-Event = Start | Stop | Restart | Happening | Ready | Alive | Text | Checked
+Happening = Due | Blocked | Spawned | SpawnFailed | Exited | Emptied | Told | Checked
+Event = Start | Stop | Restart | Happening
 # Actions. Spawn is answered with Blocked, Spawned or SpawnFailed before any other
 # event, but what was spawned may be a `trampoline`, whose SpawnFailed comes later. A
 # signal goes to the group, or to the leader where `stopasgroup` is false; a Kill is
@@ -895,9 +893,7 @@ def step(program: Program, now: float, status: Status, event: Event) -> Step:
         Exited      !       !       end|STOPPING end|STOPPING ! end|=    !       !
         Emptied     !       !       !         !         !       end      !       !
         Blocked     !       !       WAITING   !         !       !        !       !
-        Ready       =       =       =|RUNNING =         =       =        =       =
-        Alive       =       =       =         =         =       =        =       =
-        Text        =       =       =         =         =       =        =       =
+        Told        =       =       =|RUNNING =         =       =        =       =
         Checked     =       =       =|STOPPING =|STOPPING =     =        =       =
     """
     state = status.state
@@ -933,15 +929,8 @@ def step(program: Program, now: float, status: Status, event: Event) -> Step:
         assert state is State.STARTING
         status = status._replace(state=State.WAITING, reason=event.reason)
         return status._replace(blocked_as=event.cause), None
-    if isinstance(event, (Ready, Alive)):
-        awaited = program.type == "notify" and state is State.STARTING
-        if awaited and isinstance(event, Ready):
-            status = status._replace(state=State.RUNNING, announced=True, reason="")
-        if status.state is State.RUNNING and program.watchdog_secs is not None:
-            status = status._replace(deadline=now + program.watchdog_secs)
-        return status, None
-    if isinstance(event, Text):
-        return status._replace(status_text=event.text), None
+    if isinstance(event, Told):
+        return told(program, now, status, event.text), None
     if isinstance(event, Checked):
         return checked(program, now, status, event)
     assert_never(event)
@@ -995,6 +984,19 @@ def exited(program: Program, now: float, status: Status, event: Exited) -> Step:
     if program.stopasgroup:
         return status, action
     return status._replace(deadline=now + KILL_AGAIN), Kill()
+
+
+def told(program: Program, now: float, status: Status, text: str) -> Status:
+    """Take what a program says of itself, a line of sd_notify(3)."""
+    if text.startswith("STATUS="):
+        return status._replace(status_text=text[7:])
+    awaited = program.type == "notify" and status.state is State.STARTING
+    if text == "READY=1" and awaited:
+        status = status._replace(state=State.RUNNING, announced=True, reason="")
+    lives = text in ("READY=1", "WATCHDOG=1") and status.state is State.RUNNING
+    if lives and program.watchdog_secs is not None:
+        status = status._replace(deadline=now + program.watchdog_secs)
+    return status
 
 
 def judge(program: Program, now: float, status: Status) -> Step:
@@ -2493,7 +2495,7 @@ WAITING_FIRST = 1.0  # seconds after a shutdown began that it names who it waits
 WAITING_NEXT = 5.0
 SWEEP = 1.0  # seconds that orphans have once the programs are gone
 ORPHAN = Program("an orphan", "", stopwaitsecs=SWEEP)
-MOST_TEXT = 1000  # characters of STATUS=
+MOST_TEXT = 1000  # characters of a line that a program says of itself
 ASK_TIME = 10.0  # seconds for the main loop to answer a thread
 FOREVER = float("inf")
 
@@ -3128,14 +3130,7 @@ class Supervisor(Loop):
             self.say("", f"ignored a notification from {pid}", "debug")
             return
         for line in data.decode(errors="replace").split("\n"):
-            key, _, value = line.partition("=")
-            if line == "READY=1":
-                process.apply(Ready())
-            elif line == "WATCHDOG=1":
-                process.apply(Alive())
-            elif key == "STATUS":
-                text = "".join(filter(str.isprintable, value[:MOST_TEXT]))
-                process.apply(Text(text))
+            process.apply(Told("".join(filter(str.isprintable, line[:MOST_TEXT]))))
 
     def owner(self, pid: int) -> Process | None:
         """Return the program of a process: by session or ancestry."""

@@ -34,7 +34,6 @@ import pytest
 
 import supervisors
 from supervisors import (
-    Alive,
     Blocked,
     Checked,
     ConfigError,
@@ -42,7 +41,6 @@ from supervisors import (
     Emptied,
     Exited,
     Program,
-    Ready,
     Restart,
     Spawned,
     SpawnFailed,
@@ -50,7 +48,7 @@ from supervisors import (
     State,
     Status,
     Stop,
-    Text,
+    Told,
     step,
 )
 
@@ -1202,7 +1200,7 @@ def test_restart_of_a_stopped_program_starts_it() -> None:
 def documented_transitions() -> dict[tuple[str, str], list[str]]:
     """Return the table of `step`'s docstring: by event and state, what may follow."""
     _, _, table = (step.__doc__ or "").partition("\n\n        ")
-    rows = [line.split() for line in table.strip().splitlines()[-14:]]
+    rows = [line.split() for line in table.strip().splitlines()[-12:]]
     states, *events = rows
     return {
         (event, state): cell.split("|")
@@ -1229,9 +1227,7 @@ EVENTS: dict[str, list[supervisors.Event]] = {
     ],
     "Emptied": [Emptied()],
     "Blocked": [Blocked("waiting for db", ""), Blocked("waiting for db", "failed")],
-    "Ready": [Ready()],
-    "Alive": [Alive()],
-    "Text": [Text("hello")],
+    "Told": [Told("READY=1"), Told("WATCHDOG=1"), Told("STATUS=hello"), Told("")],
     "Checked": [Checked(""), Checked("refused")],
 }
 
@@ -3761,9 +3757,9 @@ class World:
             lambda: self.order(supervisors.Start(), True),
             lambda: self.order(supervisors.Stop(), False),
             lambda: self.order(supervisors.Restart(), True),
-            lambda: self.feed(supervisors.Ready()),
-            lambda: self.feed(supervisors.Alive()),
-            lambda: self.feed(supervisors.Text("busy")),
+            lambda: self.feed(supervisors.Told("READY=1")),
+            lambda: self.feed(supervisors.Told("WATCHDOG=1")),
+            lambda: self.feed(supervisors.Told("STATUS=busy")),
             lambda: self.feed(supervisors.Checked("")),
             lambda: self.feed(supervisors.Checked("no answer")),
             lambda: self.feed(supervisors.Due()),
