@@ -868,12 +868,11 @@ Happening = Due | Blocked | Spawned | SpawnFailed | Exited | Emptied | Told | Ch
 Event = Start | Stop | Restart | Happening
 # Actions. Spawn is answered with Blocked, Spawned or SpawnFailed before any other
 # event, but what was spawned may be a `trampoline`, whose SpawnFailed comes later. A
-# signal goes to the group, or to the leader where `stopasgroup` is false; a Kill is
-# SIGKILL to the group.
+# signal goes to the group, or to the leader where `stopasgroup` is false; KILL always
+# goes to the group.
 Spawn = NamedTuple("Spawn", [])
 Signal = NamedTuple("Signal", [("name", str)])
-Kill = NamedTuple("Kill", [])
-Action = Spawn | Signal | Kill
+Action = Spawn | Signal
 Step = tuple[Status, Action | None]
 
 
@@ -968,7 +967,7 @@ def due(program: Program, now: float, status: Status) -> Step:
     killed, reason = f"killed after {program.stopwaitsecs:g} s", status.reason
     if killed not in reason:
         reason = f"{reason}, {killed}".removeprefix(", ")
-    return status._replace(deadline=now + KILL_AGAIN, reason=reason), Kill()
+    return status._replace(deadline=now + KILL_AGAIN, reason=reason), Signal("KILL")
 
 
 def exited(program: Program, now: float, status: Status, event: Exited) -> Step:
@@ -983,7 +982,7 @@ def exited(program: Program, now: float, status: Status, event: Exited) -> Step:
         return judge(program, now, status)
     if program.stopasgroup:
         return status, action
-    return status._replace(deadline=now + KILL_AGAIN), Kill()
+    return status._replace(deadline=now + KILL_AGAIN), Signal("KILL")
 
 
 def told(program: Program, now: float, status: Status, text: str) -> Status:
@@ -2547,13 +2546,12 @@ class Process:
             # A stopped process takes no signal but SIGCONT.
             self.signal(signal_number(action.name))
             self.signal(signal.SIGCONT)
-        elif isinstance(action, Kill):
-            send(-self.group, signal.SIGKILL)
         self.supervisor.at(self.status.deadline, self.renew)
         self.publish()
 
     def signal(self, number: int) -> None:
-        target = -self.group if self.program.stopasgroup else self.status.pid
+        whole = self.program.stopasgroup or number == signal.SIGKILL
+        target = -self.group if whole else self.status.pid
         if target:  # 0 would be our own group
             send(target, number)
 

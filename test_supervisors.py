@@ -882,7 +882,6 @@ def crash(web: Program, now: float, status: Status, ran: float) -> Status:
     return status
 
 
-# Actions are compared as text: as tuples without fields, Spawn and Kill are equal.
 STARTED = ((0.0, Start()), (0.0, Spawned(100)))
 RUNNING = (*STARTED, (1.0, Due()))
 
@@ -1088,7 +1087,7 @@ def test_stop_sends_the_stop_signal_and_waits_stopwaitsecs() -> None:
 def test_stop_that_overruns_is_killed_and_then_awaited() -> None:
     web = program("stopwaitsecs = 4")
     status, action = follow(web, *RUNNING, (5.0, Stop()), (9.0, Due()))
-    assert (status.state, repr(action)) == (State.STOPPING, "Kill()")
+    assert (status.state, repr(action)) == (State.STOPPING, "Signal(name='KILL')")
     status, _ = step(web, 9.1, status, Exited(-signal.SIGKILL, False))
     assert status.state is State.STOPPED
 
@@ -1107,7 +1106,7 @@ def test_leader_that_leaves_its_group_behind_is_stopping_until_it_is_empty() -> 
     assert (status.state, status.deadline) == (State.STOPPING, 9.0)
     assert repr(action) == "Signal(name='TERM')"
     status, action = step(web, 9.0, status, Due())
-    assert repr(action) == "Kill()"
+    assert repr(action) == "Signal(name='KILL')"
     status, action = step(web, 9.5, status, Emptied())
     assert repr(action) == "Spawn()"
     assert (status.exit_code, status.failures, status.restarts) == (1, 1, 1)
@@ -1123,7 +1122,7 @@ def test_group_that_outlives_its_leader_does_not_lengthen_the_run() -> None:
 def test_group_is_killed_at_once_where_only_the_leader_is_signalled() -> None:
     web = program("stopasgroup = false")
     status, action = follow(web, *RUNNING, (5.0, Exited(0, True)))
-    assert (status.state, repr(action)) == (State.STOPPING, "Kill()")
+    assert (status.state, repr(action)) == (State.STOPPING, "Signal(name='KILL')")
 
 
 def test_stop_of_a_program_whose_leader_is_gone_ends_stopped() -> None:
@@ -3712,7 +3711,7 @@ class World:
             self.feed(self.spawn())
         elif action is not None:
             assert self.leader or self.members, "a signal to nobody"
-        if isinstance(action, supervisors.Kill) and not self.leader:
+        if action == supervisors.Signal("KILL") and not self.leader:
             self.empty()
 
     def spawn(self) -> supervisors.Event:
