@@ -3363,8 +3363,7 @@ class Client:
         return True
 
     def order(self, verb: str, name: str, wait: float = 60.0) -> Any:
-        """Return the status once the program is as wanted, has failed, or is late."""
-        wait = min(max(wait, 0.0), MOST_WAIT)
+        """Return the status once it is as wanted, has failed, or `wait` is over."""
         return self.ask(f"POST /programs/*/{verb}?wait={wait}", name, wait + ASK_TIME)
 
     status = functools.partialmethod(ask, "GET /status/*")  # of one, or a list
