@@ -26,7 +26,7 @@ The file reads from top to bottom; code uses only what stands above it.
     2   Configuration    the keys, their checks, `load_config`
     3   State machine    `step`: what follows what, as values
     4   Log text         lines and their formats
-    5   Log files        rotation, the terminal, the log thread
+    5   Log files        rotation, the terminal, a thread's loop, the log thread
     6   Processes        spawn, signal, leftovers
     7   Health           checks and the notify socket
     8   HTTP             routes, the page
@@ -1431,8 +1431,8 @@ class Loop:
 class LogThread(Loop):
     """The thread that owns pipes and log files."""
 
-    def __init__(self, as_json: bool, level: str) -> None:
-        self.log, self.as_json, self.level = self, as_json, LEVELS[level]
+    def __init__(self, log_format: str, level: str) -> None:
+        self.log, self.log_format, self.level = self, log_format, LEVELS[level]
         self.open_loop()
         self.bytes = bytearray(BUFFER)
         self.buffer = memoryview(self.bytes)
@@ -1451,7 +1451,7 @@ class LogThread(Loop):
             return
         now = time.time()
         line = f"{timestamp(now, 0)} {name or 'supervisors'}: {text}"
-        if self.as_json:
+        if self.log_format == "json":
             import json
 
             fields = {"time": timestamp(now), "level": level, "program": name or None}
@@ -2834,17 +2834,17 @@ class Supervisor(Loop):
             self.start(list(self.processes.values()))
             self.guard(self.conclude)
             while not self.ending:
-                self.turn(LONGEST_SLEEP)
+                self.turn()
             while self.stop_level():
-                self.turn(LONGEST_SLEEP)
+                self.turn()
             self.ask_to_end(self.orphans())  # together with the last level
             while self.children or self.alive():
-                self.turn(LONGEST_SLEEP)
+                self.turn()
             self.end_strays(self.orphans)
             self.sleep(0)  # for calls that came too late for a turn
         return self.exit_code
 
-    def turn(self, longest: float) -> None:
+    def turn(self, longest: float = LONGEST_SLEEP) -> None:
         """Sleep until something happens, and do what it asks for."""
         nearest = min(self.deadlines.values(), default=FOREVER)
         self.sleep(min(max(nearest - time.monotonic(), 0), longest))
@@ -2873,7 +2873,7 @@ class Supervisor(Loop):
         self.open_loop()
         defer(self.close_loop)
         self.catch_signals()
-        self.log = LogThread(self.config.log_format == "json", self.level)
+        self.log = LogThread(self.config.log_format, self.level)
         self.say = self.log.say
         defer(self.release_followers)
         defer(self.log.close)
@@ -3176,7 +3176,7 @@ class Supervisor(Loop):
         config = load_config(old.path, old.private)
         self.token = read_token(config)
         self.config = config
-        self.log.as_json = config.log_format == "json"
+        self.log.log_format = config.log_format
         result = self.change_programs(old.programs)
         fixed = ("listen", "control", "pidfile")
         stuck = [key for key in fixed if getattr(old, key) != getattr(config, key)]
