@@ -2838,7 +2838,7 @@ class Supervisor(Loop):
             while self.stop_level():
                 self.turn()
             self.ask_to_end(self.orphans())  # together with the last level
-            while self.children or self.alive():
+            while self.alive():
                 self.turn()
             self.end_strays(self.orphans)
             self.sleep(0)  # for calls that came too late for a turn
@@ -3142,8 +3142,9 @@ class Supervisor(Loop):
         return None
 
     def orphans(self) -> dict[int, Program]:
-        """Return what programs left that have ended."""
-        spare = self.spared | self.children.keys() | {one.group for one in self.alive()}
+        """Return what programs left that have ended; at last, health checks, too."""
+        groups = {one.group for one in self.alive()}
+        spare = self.spared | groups | (self.children.keys() if groups else set())
         return dict.fromkeys(descendants(spare), ORPHAN)
 
     def ask_to_end(self, strays: Mapping[int, Program]) -> None:
