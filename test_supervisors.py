@@ -4474,6 +4474,7 @@ def test_reload_restarts_what_ran_and_starts_what_failed_but_not_what_was_stoppe
     )
     run.ask("/programs/stopped/stop?wait=30", "POST")
     run.ask("/programs/by-hand/start?wait=30", "POST")
+    run.wait_state("by-hand", "EXITED")
     run.wait_state("failed", "EXITED")
     run.wait_state("fatal", "FATAL")
     changed = SLEEP.replace("1000", "2000")
