@@ -115,16 +115,21 @@ def become_subreaper(warn: Callable[[str], object]) -> None:
         warn("cannot become a subreaper: orphans go to PID 1")
 
 
+def process_file(pid: int, name: str) -> bytes:
+    """Return a file of /proc/PID; b"" if it is gone, or not for us to look at."""
+    try:
+        with open(f"/proc/{pid}/{name}", "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
 def process_fields(pid: int) -> list[bytes]:
     """Return the fields of /proc/PID/stat behind the name (proc(5)); [] if it is gone.
 
     [0] is the state, [1] parent, [2] group, [3] session, [19] start in ticks from boot.
     """
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()
-    except OSError:
-        return []
+    return process_file(pid, "stat").rpartition(b")")[2].split()
 
 
 def process_table() -> dict[int, list[bytes]]:
@@ -1582,8 +1587,13 @@ class LogThread(Loop):
 # group, of its own: a signal to the group reaches all that it forked, the terminal's
 # Ctrl-C reaches none of it. subprocess.Popen does the work (vfork, 0.45 ms), and is
 # never asked to wait: it would steal a status from the one place that reaps.
+#
+# What a killed supervisor leaves is known by two marks with its hash, pid and start: a
+# variable, and, as some programs write their title over their environment, a lock on
+# the /dev/null that all have as standard input.
 
 RUN_VARIABLE = "SUPERVISOR_RUN"  # HASH.PID.START of the supervisor, for leftovers
+PID_BITS = 22  # of a pid: PID_MAX_LIMIT is 2**22
 OWN_VARIABLES = {"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"}  # ours, of systemd
 OWN_VARIABLES |= {"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "SUPERVISOR_SERVER_URL"}
 # Of ours, however high the hard limit is; more is an error on macOS (setrlimit(2)).
@@ -1724,24 +1734,58 @@ def path_hash(path: str) -> str:
     return str(sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16])
 
 
+def mark(fd: int, digest: str) -> None:
+    """Lock bytes of a file, from our hash and pid on as many as our start in ticks.
+
+    The lock belongs to the open file, not to us (F_OFD_SETLK, fcntl(2)): it lasts while
+    anybody has that inherited, and is seen in /proc/PID/fdinfo (proc(5)).
+    """
+    import struct
+
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # only a second mark
+        place = (int(digest[:10], 16) << PID_BITS) + os.getpid()
+        ticks = int(start_time(os.getpid()))
+        lock = struct.pack("hhqqi", fcntl.F_RDLCK, os.SEEK_SET, place, ticks, 0)
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)
+
+
+def supervisor_of(pid: int, environ: bytes, digest: str) -> tuple[int, str]:
+    """Return pid and start of who started a process, by its marks; (0, "") if none."""
+    variable = rf"\0{RUN_VARIABLE}={digest}\.(\d+)\.(\d+)\0"
+    if run := re.search(variable.encode(), environ):
+        return int(run[1]), run[2].decode()
+    locks = process_file(pid, "fdinfo/0")
+    for first, last in re.findall(rb" (\d+) (\d+)\n", locks):
+        place, owner = divmod(int(first), 1 << PID_BITS)
+        if place == int(digest[:10], 16):
+            return owner, str(int(last) - int(first) + 1)
+    return 0, ""
+
+
+def ancestors(pid: int) -> set[int]:
+    """Return a process, its parent, and so on up."""
+    found = set[int]()
+    while fields := process_fields(pid):
+        found.add(pid)
+        pid = int(fields[1])
+    return found
+
+
 def find_leftovers(config: Config) -> dict[int, Program]:
     """Return what dead supervisors of this configuration left running, by pid."""
-    table, pid, found = process_table(), os.getpid(), dict[int, Program]()
+    digest, found = path_hash(config.path), dict[int, Program]()
     # Never ourselves or our ancestors, whose shell may stem from such a program.
-    while pid in table:
-        pid = int(table.pop(pid)[1])
-    digest = path_hash(config.path)
-    owner = re.compile(rf"\0{RUN_VARIABLE}={digest}\.(\d+)\.(\d+)\0")
-    for pid in table:
-        path = f"/proc/{pid}"  # which may be gone, or not for us to look at
-        with contextlib.suppress(OSError), open(f"{path}/environ", "rb") as file:
-            environ = "\0" + os.fsdecode(file.read())
-            run = owner.search(environ)
-            name = re.search(r"\0SUPERVISOR_PROCESS_NAME=([^\0]*)", environ)
+    for pid in process_table().keys() - ancestors(os.getpid()):
+        environ = b"\0" + process_file(pid, "environ")
+        owner, start = supervisor_of(pid, environ, digest)
+        if not owner or start_time(owner) == start:
+            continue
+        known = re.search(rb"\0SUPERVISOR_PROCESS_NAME=([^\0]*)", environ)
+        name = os.fsdecode(known[1] if known else process_file(pid, "comm").strip())
+        with contextlib.suppress(OSError):  # it is gone
             # In another PID namespace numbers mean something else.
-            here = os.path.samefile(f"{path}/ns/pid", "/proc/self/ns/pid")
-            if run and name and here and start_time(int(run[1])) != run[2]:
-                found[pid] = config.programs.get(name[1], Program(name[1], ""))
+            if os.path.samefile(f"/proc/{pid}/ns/pid", "/proc/self/ns/pid"):
+                found[pid] = config.programs.get(name, Program(name, ""))
     return found
 
 
@@ -2885,8 +2929,9 @@ class Supervisor(Loop):
         if self.config.private:
             self.watch(0, self.lose_parent)
         if self.config.path:
-            run = (path_hash(self.config.path), os.getpid(), start_time(os.getpid()))
-            self.variables[RUN_VARIABLE] = ".".join(map(str, run))
+            digest, pid = path_hash(self.config.path), os.getpid()
+            self.variables[RUN_VARIABLE] = f"{digest}.{pid}.{start_time(pid)}"
+            mark(null_fd, digest)
         self.add_programs()
         self.keep_alive()
 
@@ -3148,12 +3193,17 @@ class Supervisor(Loop):
         return dict.fromkeys(descendants(spare), ORPHAN)
 
     def ask_to_end(self, strays: Mapping[int, Program]) -> None:
-        """Ask processes that are no program's to end, each once."""
-        for pid in strays.keys() - self.asked:
+        """Ask processes that are no program's to end, each once.
+
+        What one that was asked has started is how it ends: not while that one lives.
+        """
+        others = strays.keys() - self.asked
+        new = [pid for pid in others if not ancestors(pid) & self.asked]
+        for pid in new:
             self.warn(f"{self.busy}: {strays[pid].name} ({pid})")
             send(pid, signal_number(strays[pid].stopsignal))
             send(pid, signal.SIGCONT)
-        self.asked |= strays.keys()
+        self.asked.update(new)
 
     def end_strays(self, find: Callable[[], dict[int, Program]]) -> None:
         """End processes that are no program's, and what they start on the way."""
@@ -3166,8 +3216,9 @@ class Supervisor(Loop):
                 if self.killing or passed >= program.stopwaitsecs:
                     send(pid, signal.SIGKILL)
             if all(passed >= one.stopwaitsecs + SWEEP for one in left.values()):
-                return
+                break
             self.turn(TICK)
+        self.asked.clear()  # a pid comes again
 
     def reload(self) -> dict[str, Any]:
         """Read the file anew and become what it says; raises ConfigError first."""

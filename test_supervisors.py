@@ -7021,6 +7021,51 @@ def test_the_next_start_ends_what_a_leftover_starts_in_its_last_moment(
     assert again.state("web") in ("STARTING", "RUNNING")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs locks of open files")
+def test_the_next_start_ends_a_leftover_without_its_environment(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    """As nginx and redis, which write their title over it, have none to be seen."""
+    config = f"""
+        [programs.web]
+        command = {sh("echo $$ >> pids; exec env -i sleep 1000")}
+        startsecs = 0
+    """
+    run = supervise(config)
+    pid = int(eventually(lambda: lines(tmp_path / "pids"), len)[0])
+    eventually(lambda: stat_of(pid) != [] and environ_of(pid) == b"")
+    try:
+        run.end(signal.SIGKILL)
+        again = supervise(config)
+        again.wait_state("web", "RUNNING")
+        assert not is_alive(pid)
+        assert f"ending what a killed supervisor left: sleep ({pid})" in again.err
+    finally:
+        for line in lines(tmp_path / "pids"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(line), signal.SIGKILL)
+
+
+def test_a_leftover_is_left_to_clean_up(supervise: Supervise, tmp_path: Path) -> None:
+    text = """
+        trap "sh -c 'sleep 0.5; exit 0' && echo >> clean; exit" TERM
+        echo >> up
+        while :; do sleep 0.01; done
+    """
+    config = f"""
+        [programs.web]
+        command = {sh(text)}
+        startsecs = 0
+        logfile = "/dev/null"
+    """
+    run = supervise(config)
+    eventually((tmp_path / "up").exists)
+    run.end(signal.SIGKILL)
+    again = supervise(config)
+    again.wait_state("web", "RUNNING")
+    assert (tmp_path / "clean").exists()
+
+
 def test_nothing_is_started_before_the_leftovers_are_gone(
     supervise: Supervise, tmp_path: Path
 ) -> None:
