@@ -1109,7 +1109,8 @@ def blocked_by(others: Mapping[str, tuple[Program, Status]]) -> Blocked | None:
             known = "" if status.state is State.WAITING else status.reason
             words = filter(None, (status.state.value, known))
             waits.append(f"{name} ({': '.join(words)})")
-            verdicts.add(verdict(other, status))
+            ended = status.state is State.EXITED  # it will not be ready by itself
+            verdicts.add("failed" if ended else verdict(other, status))
     cause = min(verdicts & {"failed", "failing"}, default="")  # the graver is smaller
     return Blocked("waiting for " + ", ".join(waits), cause) if waits else None
 

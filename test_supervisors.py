@@ -3037,6 +3037,24 @@ def test_exit_when_done_counts_one_that_waits_for_a_failed_one_as_ended(
     assert run.popen.wait(LIMIT) == 4
 
 
+def test_exit_when_done_counts_one_that_waits_for_what_will_not_be_ready_as_ended(
+    supervise: Supervise,
+) -> None:
+    run = supervise(
+        """
+        exit_when_done = true
+        [programs.setup]
+        command = "true"
+        startsecs = 1000
+        [programs.web]
+        command = "sleep 1000"
+        depends_on = ["setup"]
+        """,
+        ready=False,
+    )
+    assert run.popen.wait(LIMIT) == 1
+
+
 def test_exit_when_done_counts_one_that_was_stopped_by_hand_as_ended(
     supervise: Supervise,
 ) -> None:
