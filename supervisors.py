@@ -2092,7 +2092,9 @@ def get_page(supervisor: Supervisor, request: Request) -> Response:
 
 def get_health(supervisor: Supervisor, request: Request) -> Response:
     """Answer how all that is wanted is, or the programs that were named."""
-    reasons, found = {}, set()
+    reasons, found = {}, set[str]()
+    if supervisor.busy:  # nothing has been started yet, or all is about to stop
+        found.add("failing" if supervisor.ending else "starting")
     for program, status, *_ in request.targets:
         health = verdict(program, status).replace("failed", "failing")
         if request.name and not health:  # not wanted, but asked for
@@ -2874,9 +2876,9 @@ class Supervisor(Loop):
         with self.cleanup:
             self.open()
             self.end_strays(lambda: find_leftovers(self.config))
+            self.start(list(self.processes.values()))
             if not self.ending:
                 self.busy = ""
-            self.start(list(self.processes.values()))
             self.guard(self.conclude)
             while not self.ending:
                 self.turn()

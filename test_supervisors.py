@@ -7103,10 +7103,12 @@ def test_nothing_is_started_before_the_leftovers_are_gone(
     assert status == 409
     assert "ending what a killed supervisor left" in answer["error"]
     assert again.state("web") == "STOPPED"
+    assert again.ask("/health") == (503, {"status": "starting", "programs": {}})
     os.kill(left, signal.SIGKILL)
     again.wait_state("web", "RUNNING")
     again.send(signal.SIGTERM)
     again.wait_err("shutting down")
+    assert again.ask("/health") == (503, {"status": "failing", "programs": {}})
     assert again.end() == 0
 
 
