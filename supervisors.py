@@ -2577,6 +2577,7 @@ class Process:
         self.snapshot = Snapshot(program, self.status, self.output)
         self.check_began: float | None = None  # of the one that is under way
         self.check_pid = 0  # of its command
+        self.has_passed = False  # a check of this run
 
     @property
     def definition(self) -> Program:
@@ -2609,6 +2610,7 @@ class Process:
         names = [name for name in program.needs if name in known]
         if blocked := blocked_by({name: known[name].snapshot[:2] for name in names}):
             return blocked
+        self.has_passed = False
         self.plan_check(time.monotonic())
         report: typing.BinaryIO = io.BytesIO()
         with contextlib.ExitStack() as stack:
@@ -2766,7 +2768,8 @@ class Process:
             return
         self.apply(Checked(problem))
         if self.status.state in (State.STARTING, State.RUNNING):
-            longest = FIRST_INTERVAL if self.status.healthy is None else FOREVER
+            self.has_passed = self.has_passed or not problem
+            longest = FOREVER if self.has_passed else FIRST_INTERVAL
             self.plan_check(began + min(check.interval, longest))
 
     def plan_check(self, when: float | None) -> None:
@@ -2793,16 +2796,19 @@ class Process:
         supervisor.events.append(new)
         if status.state not in (State.STARTING, State.RUNNING):
             self.plan_check(None)
-        if new_state or new_run:
+        unhealthy, was = status.healthy is False, before.healthy is False
+        if new_state or new_run or unhealthy is not was:
             pid = f"pid {status.pid}" if status.pid else ""
             words = [status.state.value, pid, status.reason]
+            words += ["healthy again"] if was and status.healthy else []
             backoff = status.state is State.BACKOFF
             if status.restarts > before.restarts and before.state is not State.BACKOFF:
                 words.append(f"after {describe_end(status.exit_code)}")
             if backoff and status.deadline is not None:
                 seconds = max(status.deadline - time.monotonic(), 0)
                 words.append(f"restart in {seconds:.2g} s")
-            level = "warning" if backoff or has_failed(status) else "info"
+            bad = backoff or (unhealthy and not was) or has_failed(status)
+            level = "warning" if bad else "info"
             supervisor.say(self.name, ", ".join(filter(None, words)), level)
         final = new_state and status.state in (State.EXITED, State.FATAL)
         supervisor.changes.append((self, status if final else None))

@@ -3254,6 +3254,44 @@ def test_hanging_checks_delay_neither_a_restart_nor_the_end(
         assert run.end() == 0
 
 
+def test_checks_go_on_every_second_until_one_has_passed(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    run = supervise(f"""
+        [programs.web]
+        command = "sleep 1000"
+        startsecs = 0
+        healthcheck.command = {sh("echo >> checks; test -e well")}
+        healthcheck.interval = 1000
+        healthcheck.retries = 1
+        healthcheck.start_period = 0
+    """)
+    eventually(lambda: run.status("web")["healthy"], False)
+    eventually(lambda: len(lines(tmp_path / "checks")) >= 2)
+    (tmp_path / "well").touch()
+    eventually(lambda: run.status("web")["healthy"], True)
+
+
+def test_ill_health_that_restarts_nothing_is_logged_and_its_end_is(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    run = supervise("""
+        [programs.web]
+        command = "sleep 1000"
+        startsecs = 0
+        healthcheck.command = "test -e well"
+        healthcheck.interval = 0.05
+        healthcheck.retries = 1
+        healthcheck.start_period = 0
+    """)
+    pid = run.wait_state("web", "RUNNING")["pid"]
+    run.wait_err("unhealthy")
+    eventually(lambda: run.status("web")["healthy"], False)
+    (tmp_path / "well").touch()
+    run.wait_err(f"web: RUNNING, pid {pid}, healthy again")
+    assert run.err.count("unhealthy: ") == run.err.count("healthy again") == 1
+
+
 # === notify ====================================================================
 
 # Sends each line of the named pipe `notify`; with "child " in front from a child.
