@@ -6963,6 +6963,21 @@ def test_supervisor_leaves_no_daemon_behind(
     assert not any(map(is_alive, found))
 
 
+def test_what_the_end_of_the_last_program_leaves_can_end_by_itself(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    daemon = "trap 'echo >> ended; exit' TERM; echo >> up; while :; do sleep 0.05; done"
+    text = 'trap "sleep 0.5; exit 0" TERM; setsid "$@" & while :; do sleep 0.05; done'
+    run = supervise(f"""
+        [programs.parent]
+        command = {sh(text, "sh", "-c", daemon)}
+        startsecs = 0
+    """)
+    eventually((tmp_path / "up").exists)
+    assert run.end() == 0
+    assert (tmp_path / "ended").exists()
+
+
 def test_signals_during_the_grace_period_go_to_what_is_left(
     tmp_path: Path, start_init: StartInit
 ) -> None:
