@@ -2542,6 +2542,7 @@ WAITING_NEXT = 5.0
 SWEEP = 1.0  # seconds that orphans have once the programs are gone
 ORPHAN = Program("an orphan", "", stopwaitsecs=SWEEP)
 MOST_TEXT = 1000  # characters of a line that a program says of itself
+MOST_NOTIFICATIONS = 512  # in a turn; the kernel queues 10, under systemd 512
 ASK_TIME = 10.0  # seconds for the main loop to answer a thread
 FOREVER = float("inf")
 
@@ -2900,8 +2901,10 @@ class Supervisor(Loop):
     def turn(self, longest: float = LONGEST_SLEEP) -> None:
         """Sleep until something happens, and do what it asks for."""
         nearest = min(self.deadlines.values(), default=FOREVER)
-        self.sleep(min(max(nearest - time.monotonic(), 0), longest))
+        # Of before the sleep: what came in time is taken before a deadline is judged,
+        # even if we were held up.
         now = time.monotonic()
+        self.sleep(min(max(nearest - now, 0), longest))
         for call in [call for call, at in self.deadlines.items() if at <= now]:
             if self.deadlines.get(call, FOREVER) <= now:
                 del self.deadlines[call]
@@ -3169,17 +3172,26 @@ class Supervisor(Loop):
         bound.setblocking(False)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         bound.bind("")  # to an abstract name that is free (autobind)
-        self.watch(bound, functools.partial(self.read_notification, bound))
+        self.watch(bound, functools.partial(self.read_notifications, bound))
         return str(bound.getsockname().decode()).replace("\0", "@")
 
-    def read_notification(self, bound: socket.socket) -> None:
-        """Take what a program says of itself."""
-        # No room for descriptors: the kernel closes what BARRIER=1 comes with.
-        data, who, *_ = bound.recvmsg(65536, socket.CMSG_SPACE(12))
-        pid = int.from_bytes(who[0][2][:4], sys.byteorder)
+    def read_notifications(self, bound: socket.socket) -> None:
+        """Take all that programs have said of themselves: deadlines hang on it."""
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(MOST_NOTIFICATIONS):
+                # No room for descriptors: the kernel closes what BARRIER=1 comes with.
+                data, who, *_ = bound.recvmsg(65536, socket.CMSG_SPACE(12))
+                self.take_notification(
+                    data, int.from_bytes(who[0][2][:4], sys.byteorder)
+                )
+
+    def take_notification(self, data: bytes, pid: int) -> None:
         process = self.owner(pid)
         if process is None or process.program.type != "notify":
-            self.say("", f"ignored a notification from {pid}", "debug")
+            lost = b"READY=1" in data and not process_fields(pid)
+            why = ", which has ended: whose it was cannot be told" if lost else ""
+            level = "warning" if lost else "debug"
+            self.say("", f"ignored a notification from {pid}{why}", level)
             return
         for line in data.decode(errors="replace").split("\n"):
             process.apply(Told("".join(filter(str.isprintable, line[:MOST_TEXT]))))
@@ -3354,8 +3366,9 @@ class Supervisor(Loop):
         return any(one.name in needs for one in running)
 
     def keep_alive(self) -> None:
-        period = self.environ.get("WATCHDOG_USEC", "")
-        if period.isdecimal():
+        period, pid = map(self.environ.get, ("WATCHDOG_USEC", "WATCHDOG_PID"))
+        # Another process's are none of ours (sd_watchdog_enabled(3)).
+        if period and period.strip("0").isdecimal() and pid in (None, str(os.getpid())):
             tell_manager("WATCHDOG=1")
             self.at(time.monotonic() + int(period) / 2e6, self.keep_alive)
 

@@ -3447,6 +3447,53 @@ def test_a_missed_watchdog_restarts_and_a_kept_one_does_not(
     assert "400000" in told and "1000000" in told
 
 
+def test_a_watchdog_is_not_missed_while_the_supervisor_is_held_up(
+    supervise: Supervise, gate: Callable[[str], Gate]
+) -> None:
+    say = gate("say")
+    run = supervise(f"""
+        [programs.app]
+        command = {python(NOTIFIER, "say")}
+        type = "notify"
+        watchdog_secs = 2
+        autorestart = true
+    """)
+    say.send("READY=1")
+    run.wait_state("app", "RUNNING")
+    run.send(signal.SIGSTOP)
+    deadline = time.monotonic() + 2.1
+    for line in ["STATUS=1", "STATUS=2", "WATCHDOG=1", "STATUS=after"]:
+        say.send(line)
+    eventually(lambda: time.monotonic() > deadline)
+    run.send(signal.SIGCONT)
+
+    def read() -> dict[str, Any]:
+        say.send("WATCHDOG=1")
+        return run.status("app")
+
+    status = eventually(read, lambda x: x["status_text"] == "after" or x["restarts"])
+    assert (status["state"], status["restarts"]) == ("RUNNING", 0)
+
+
+def test_a_notification_whose_sender_has_ended_is_not_lost_without_a_word(
+    supervise: Supervise, tmp_path: Path, gate: Callable[[str], Gate]
+) -> None:
+    go, code = gate("go"), "peer.send(b'READY=1')"
+    sender = NOTIFIER.partition("for line")[0] + code
+    text = 'read x < go; "$@"; echo > sent; exec sleep 1000'
+    run = supervise(f"""
+        [programs.app]
+        command = {sh(text, PYTHON, "-S", "-c", sender)}
+        type = "notify"
+    """)
+    run.wait_state("app", "STARTING")
+    run.send(signal.SIGSTOP)
+    go.open()
+    eventually((tmp_path / "sent").exists)
+    run.send(signal.SIGCONT)
+    run.wait_err("which has ended")
+
+
 @pytest.mark.skipif(not shutil.which("systemd-notify"), reason="no systemd-notify")
 def test_the_systemd_notify_command_works(supervise: Supervise) -> None:
     text = "systemd-notify --status=warm && systemd-notify --ready && exec sleep 1000"
@@ -3486,6 +3533,7 @@ def test_the_supervisor_tells_its_own_manager(
             depends_on = ["migrate"]
             """,
             env={"NOTIFY_SOCKET": f"@{name}", "WATCHDOG_USEC": "200000"},
+            prefix=("sh", "-c", 'WATCHDOG_PID=$$ exec "$@"', "sh"),
         )
         eventually(lambda: "WATCHDOG=1" in hear())
         assert run.state("migrate") == "RUNNING"
@@ -3498,6 +3546,21 @@ def test_the_supervisor_tells_its_own_manager(
         assert "STOPPING=1" in hear()
     environment = (tmp_path / "env").read_text()
     assert "NOTIFY_SOCKET" not in environment and "WATCHDOG_" not in environment
+
+
+@pytest.mark.parametrize("mistaken", ["WATCHDOG_PID=1", "WATCHDOG_USEC=0"])
+def test_a_watchdog_that_is_not_for_the_supervisor_is_not_kept(
+    supervise: Supervise, mistaken: str
+) -> None:
+    name = uuid.uuid4().hex
+    env = {"NOTIFY_SOCKET": f"@{name}", "WATCHDOG_USEC": "1000"}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind("\0" + name)
+        manager.settimeout(LIMIT)
+        config = "[programs.web]\ncommand = 'sleep 1000'\nstartsecs = 1000"
+        supervise(config, env=env | dict([mistaken.split("=")]))
+        # It would come before all else.
+        assert manager.recv(4096) == b"STATUS=waiting for web"
 
 
 def test_the_manager_hears_of_no_readiness_while_a_oneshot_runs(
