@@ -283,18 +283,27 @@ class Init:
         self.foreground = group in (os.getpgrp(), self.pid)  # else we are a job of `bg`
         send(self.target, signal.SIGCONT)
 
+    def suspend(self, number: int) -> None:
+        """Stop our whole job with the command, as Ctrl-Z does where no init is."""
+        group = attempt(os.tcgetpgrp, 0)
+        reads = number in (signal.SIGTTIN, signal.SIGTTOU)  # or writes
+        if os.getpid() == 1 or (reads and group == os.getpgrp()):
+            self.resume()  # a shell's `fg` tells us nothing if the job was running
+        elif group != -1:  # else no job control: whoever stopped it continues it
+            os.killpg(0, signal.SIGTSTP)
+            # Ours comes now; the kernel drops it where no shell could continue us.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
+            if not reads:  # it would be stopped again at once
+                self.resume()
+
     def reap(self) -> bool:
         """Collect what has ended or stopped; return whether there are children left."""
         options = os.WNOHANG | os.WUNTRACED
         while (found := attempt(os.waitpid, -1, options)) not in ((0, 0), -1):
             pid, status = found
             if pid == self.pid and os.WIFSTOPPED(status):
-                # Stop with the command, but where no shell of our session could
-                # continue us, as the kernel ignores Ctrl-Z for an orphaned group.
-                parent = os.getppid()
-                if parent and os.getsid(parent) == os.getsid(0):  # PID 1 has none
-                    os.kill(os.getpid(), signal.SIGSTOP)
-                self.resume()
+                self.suspend(os.WSTOPSIG(status))
             elif pid == self.pid:
                 self.code = shell_code(os.waitstatus_to_exitcode(status))
         return bool(found == (0, 0))

@@ -6642,6 +6642,21 @@ def test_init_as_pid_1_continues_a_command_that_stops() -> None:
     assert done.returncode == 6
 
 
+def test_init_without_a_terminal_goes_on_while_its_command_is_stopped(
+    tmp_path: Path, start_init: StartInit
+) -> None:
+    popen = start_init("--", *record(tmp_path))
+    assert recorded(tmp_path, "leader") == []
+    (leader,) = children(popen.pid)
+    os.kill(leader, signal.SIGSTOP)
+    eventually(lambda: process_state(leader), "T")
+    popen.send_signal(signal.SIGUSR1)
+    eventually(lambda: recorded(tmp_path, "child"), [signal.SIGUSR1])
+    os.kill(leader, signal.SIGCONT)
+    popen.send_signal(signal.SIGUSR2)
+    assert popen.wait(LIMIT) == 3
+
+
 def test_init_as_pid_1_is_ended_by_sigterm(
     tmp_path: Path, start_init: StartInit
 ) -> None:
@@ -6776,6 +6791,65 @@ def test_a_command_under_init_can_go_on_in_the_background(
     eventually((tmp_path / "done").exists)
     tty.type("wait; echo 'over'\n")
     tty.wait_for("\nover")
+
+
+@needs_bash
+def test_a_command_under_init_reads_after_it_went_on_in_the_background(
+    terminal: Open, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "go")
+    (tmp_path / "run").write_text("echo up; read x < go; read x; echo got $x")
+    tty = terminal(*BASH)
+    tty.type(f"{' '.join(INIT)} -- sh run\n")
+    tty.wait_for("up\r\n")
+    tty.type("\x1a")
+    tty.wait_for("Stopped")
+    tty.type("bg\n")
+    tty.wait_for("&")
+    # A shell that brings a running job to the front sends no signal.
+    tty.type("fg\n")
+    tty.wait_for("-- sh run")
+    eventually(lambda: os.tcgetpgrp(tty.fd) != tty.popen.pid)
+    (tmp_path / "go").write_text("\n")
+    tty.type("hello\n")
+    tty.wait_for("got hello")
+
+
+def script_around_init(tmp_path: Path) -> str:
+    """Write a script that has a command under an init; return its name."""
+    (tmp_path / "run").write_text("echo up; read x; echo got $x")
+    text = f"{' '.join(INIT)} -- sh run\necho the script goes on\n"
+    (tmp_path / "around").write_text(text)
+    return "around"
+
+
+@needs_bash
+def test_ctrl_z_stops_a_script_around_init_too(terminal: Open, tmp_path: Path) -> None:
+    tty = terminal(*BASH)
+    tty.type(f"sh {script_around_init(tmp_path)}\n")
+    tty.wait_for("up\r\n")
+    command = os.tcgetpgrp(tty.fd)
+    tty.type("\x1a")
+    tty.wait_for("Stopped")
+    tty.type("echo 'here'\n")
+    tty.wait_for("\nhere")
+    tty.type("fg\n")
+    eventually(lambda: os.tcgetpgrp(tty.fd), command)
+    tty.type("hello\n")
+    tty.wait_for("got hello")
+    tty.wait_for("the script goes on")
+
+
+@AS_PID_1
+def test_ctrl_z_is_without_effect_where_no_shell_could_continue_the_script(
+    terminal: Open, tmp_path: Path, namespaces: tuple[str, ...]
+) -> None:
+    tty = terminal(*prefix(namespaces), "sh", script_around_init(tmp_path))
+    tty.wait_for("up\r\n")
+    tty.type("\x1a")
+    tty.type("hello\n")
+    tty.wait_for("got hello")
+    tty.wait_for("the script goes on")
 
 
 @needs_bash
