@@ -329,7 +329,8 @@ class Init:
                 # -1 is all that PID 1 may signal, itself excepted.
                 pids = [-1] if os.getpid() == 1 else [-self.pid, *descendants()]
                 for pid in pids:
-                    send(pid, number)
+                    if attempt(os.getpgid, pid) != self.pid:  # the group has got it
+                        send(pid, number)
             number = signal.sigwait(SIGNALS)
             terms += number == signal.SIGTERM
             numbers = [] if number in (signal.SIGCHLD, signal.SIGALRM) else [number]

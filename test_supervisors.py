@@ -7131,6 +7131,25 @@ def test_signals_during_the_grace_period_go_to_what_is_left(
     assert popen.wait(LIMIT) == 7
 
 
+def test_what_is_left_gets_each_signal_once(
+    tmp_path: Path, start_init: StartInit
+) -> None:
+    popen = start_init("-c", "--grace", "1000", "--", *record(tmp_path))
+    assert recorded(tmp_path, "leader") == recorded(tmp_path, "child") == []
+    popen.send_signal(signal.SIGUSR2)  # ends the leader, and begins the grace period
+    started = [signal.SIGTERM, signal.SIGCONT]
+    eventually(lambda: recorded(tmp_path, "child"), started)
+    # Of a real-time signal the kernel keeps every copy.
+    popen.send_signal(signal.SIGRTMIN)
+    eventually(lambda: recorded(tmp_path, "child")[2:3], [signal.SIGRTMIN])
+    popen.send_signal(signal.SIGTERM)
+    eventually(lambda: recorded(tmp_path, "child")[-1], signal.SIGTERM)
+    once = [*started, signal.SIGRTMIN, signal.SIGTERM]
+    assert recorded(tmp_path, "child") == once
+    popen.send_signal(signal.SIGTERM)
+    assert popen.wait(LIMIT) == 3
+
+
 def test_init_ends_at_once_when_nothing_is_left(
     tmp_path: Path, start_init: StartInit
 ) -> None:
