@@ -88,6 +88,14 @@ def shell_code(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
+def attempt(call: Callable[..., Any], *arguments: object) -> Any:
+    """Call something whose failure, as a lost terminal's, is no harm: it gives -1."""
+    try:
+        return call(*arguments)
+    except OSError:
+        return -1
+
+
 def original_environ() -> dict[str, str]:
     """Return the environment without the LC_CTYPE that CPython may add (PEP 538)."""
     environ = dict(os.environ)
@@ -134,7 +142,9 @@ def process_fields(pid: int) -> list[bytes]:
 
 def process_table() -> dict[int, list[bytes]]:
     """Return the fields of all processes by pid; empty where there is no /proc."""
-    names = os.listdir("/proc") if os.path.isdir("/proc") else []
+    # Of another PID namespace, it shows strangers under the numbers of our children.
+    here = attempt(os.readlink, "/proc/self") == str(os.getpid())
+    names = os.listdir("/proc") if here else []
     table = {int(name): process_fields(int(name)) for name in names if name.isdecimal()}
     return {pid: fields for pid, fields in table.items() if fields}
 
@@ -173,14 +183,6 @@ def send(pid: int, number: int) -> bool:
 
 def say(text: str) -> None:
     print(f"supervisors: {text}", file=sys.stderr)
-
-
-def attempt(call: Callable[..., Any], *arguments: object) -> Any:
-    """Call something whose failure, as a lost terminal's, is no harm: it gives -1."""
-    try:
-        return call(*arguments)
-    except OSError:
-        return -1
 
 
 class Init:

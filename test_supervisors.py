@@ -7158,6 +7158,19 @@ def test_init_ends_at_once_when_nothing_is_left(
     assert popen.wait(LIMIT) == 3
 
 
+def test_strangers_of_another_namespace_s_proc_are_not_ours() -> None:
+    words = [*unshare("--pid", "--fork"), PYTHON, "-S", "-c"]
+    text = "import supervisors; print(supervisors.process_table())"
+    done = subprocess.run(
+        [*words, text],
+        cwd=SCRIPT.parent,
+        capture_output=True,
+        timeout=LIMIT,
+        check=True,
+    )
+    assert done.stdout == b"{}\n"
+
+
 # === Leftovers of a supervisor that was killed =================================
 
 # Writes itself to `pids`, and to `overlap` whoever of an earlier start still lives.
