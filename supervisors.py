@@ -97,15 +97,17 @@ def attempt(call: Callable[..., Any], *arguments: object) -> Any:
 
 
 def original_environ() -> dict[str, str]:
-    """Return the environment without the LC_CTYPE that CPython may add (PEP 538)."""
+    """Return the environment without what CPython does to LC_CTYPE (PEP 538)."""
     environ = dict(os.environ)
     try:
         with open("/proc/self/environ", "rb") as file:
-            ours = b"\0LC_CTYPE=" not in b"\0" + file.read()
+            pairs = os.fsdecode(file.read()).split("\0")
+        given = {one[:8]: one[9:] for one in pairs if one.startswith("LC_CTYPE=")}
     except OSError:
-        ours = environ.get("LANG", "") in ("", "C", "POSIX")
-    if ours and environ.get("LC_CTYPE") in ("C.UTF-8", "C.utf8", "UTF-8"):
+        given = {} if environ.get("LANG", "") in ("", "C", "POSIX") else dict(environ)
+    if environ.get("LC_CTYPE") in ("C.UTF-8", "C.utf8", "UTF-8"):
         del environ["LC_CTYPE"]
+        environ |= given
     return environ
 
 

@@ -7427,7 +7427,8 @@ def test_program_sees_no_trace_of_the_supervisor(
 def test_command_under_init_has_the_caller_s_environment_and_directory(
     tmp_path: Path,
 ) -> None:
-    for given in [{}, {"LC_CTYPE": "C.UTF-8"}, {"NO_SUPERVISOR": "1"}]:
+    types = [{"LC_CTYPE": name} for name in ("C.UTF-8", "C", "POSIX", "no_SUCH")]
+    for given in [{}, *types, {"NO_SUPERVISOR": "1"}]:
         variables = given | {"PATH": os.environ["PATH"]}
         done = init("--", "env", env=variables)
         assert sorted(done.stdout.split()) == sorted(
