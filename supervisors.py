@@ -184,7 +184,8 @@ def send(pid: int, number: int) -> bool:
 
 
 def say(text: str) -> None:
-    print(f"supervisors: {text}", file=sys.stderr)
+    # Not `print`: it takes standard output where this one is closed.
+    attempt(os.write, 2, os.fsencode(f"supervisors: {text}\n"))
 
 
 class Init:
@@ -225,7 +226,11 @@ class Init:
         if here >= 0:  # else unreadable or removed: the command stays here with us
             os.chdir("/")  # no mount is kept busy
         self.code: int | None = None
-        self.pid = os.fork()
+        try:
+            self.pid = os.fork()
+        except OSError as error:
+            say(f"cannot start a process: {error.strerror}")
+            return 1
         if self.pid == 0:
             self.become_command(here, inherited)
         self.target = self.pid if self.single else -self.pid
@@ -255,11 +260,12 @@ class Init:
             signal.signal(signal.SIGCHLD, inherited)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             os.execvpe(self.command[0], self.command, original_environ())
-        except OSError as error:
+        except (OSError, ValueError) as error:  # the latter of an empty name
             # With `tostop`, a background group is stopped by what it writes.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
-            code = 127 if isinstance(error, FileNotFoundError) else 126
-            reason = "no such command" if code == 127 else error.strerror
+            reason = getattr(error, "strerror", "")
+            if isinstance(error, (FileNotFoundError, NotADirectoryError, ValueError)):
+                code, reason = 127, "no such command"
             say(f"cannot run {self.command[0]!r}: {reason}")
         finally:
             os._exit(code)

@@ -6482,6 +6482,7 @@ def test_init_says_in_one_line_why_it_cannot_run_the_command(tmp_path: Path) -> 
     for command, code in {
         "no-such-command": 127,
         "./no/such/file": 127,
+        "": 127,
         "./plain": 126,
         ".": 126,
         "./empty": 126,
@@ -6492,6 +6493,29 @@ def test_init_says_in_one_line_why_it_cannot_run_the_command(tmp_path: Path) -> 
         assert command in done.stderr
         assert done.stderr.count("\n") == 1
         assert done.stdout == ""
+
+
+def test_command_is_missing_too_where_path_names_what_is_no_folder() -> None:
+    path = f"{os.environ['PATH']}:/dev/null"
+    done = init("--", "no-such-command", env=os.environ | {"PATH": path})
+    assert done.returncode == 127
+    assert "no such command" in done.stderr
+
+
+def test_init_says_in_one_line_that_it_cannot_start_a_process() -> None:
+    before = (*minimal_root("nobody"), "prlimit", "--nproc=1")
+    done = init("--", "true", before=before)
+    assert done.returncode == 1
+    assert done.stderr.startswith("supervisors: cannot start a process: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("target", ["&-", "/dev/full"])
+def test_exit_status_does_not_need_standard_error(target: str) -> None:
+    before = ("sh", "-c", f'exec "$@" 2>{target}', "sh")
+    for arguments, code in {("no-such-command",): 127, (): 2}.items():
+        done = init("--", *arguments, before=before)
+        assert (done.returncode, done.stdout) == (code, "")
 
 
 @pytest.mark.parametrize(
