@@ -389,6 +389,8 @@ T = typing.TypeVar("T")
 # mistake. Values are immutable and compare by value: a reload compares with `!=`.
 
 VARIABLE = re.compile(r"\$(\$\{)|\$\{(?:([A-Za-z_]\w*)(?::-([^{}]*))?\})?")
+OWN_OUTPUTS = {"/dev/stdout": 1, "/dev/fd/1": 1, "/dev/stderr": 2, "/dev/fd/2": 2}
+MOST_LINKS = 40  # that lead to a file, as for open(2)
 PLACE = "HOST:PORT with a number for HOST, [V6]:PORT, :PORT or unix:PATH"
 
 Table = Mapping[str, Any]
@@ -759,6 +761,23 @@ def resolve(groups: dict[str, list[Program]], errors: list[str]) -> dict[str, Pr
             where = f"programs.{programs[cycle[0]].group}.depends_on"
             errors.append(f"{where}: cycle {' -> '.join(cycle)}")
     return programs
+
+
+def log_target(path: str) -> int | str:
+    """Return a log file's real path, or 1 or 2 for what leads to these of our own."""
+    for _ in range(MOST_LINKS):
+        if path in OWN_OUTPUTS:
+            return OWN_OUTPUTS[path]
+        folder, name = os.path.split(path)
+        folder = os.path.realpath(folder)
+        if folder == os.path.realpath("/proc/self/fd"):  # as /dev/fd is on Linux
+            return OWN_OUTPUTS.get(f"/dev/fd/{name}", path)
+        path = os.path.join(folder, name)
+        # The links of /proc, such as "pipe:[7]", are no paths (proc_pid_fd(5)).
+        if folder.startswith("/proc/") or not os.path.islink(path):
+            break
+        path = os.path.join(folder, os.readlink(path))
+    return path
 
 
 def parse_config(
@@ -1199,11 +1218,11 @@ class Route(NamedTuple):  # where a stream goes
 def route(program: Program, stream: str, log_format: str) -> Route:
     """Return where "stdout" or "stderr" goes; `log_format` is that for terminals."""
     own = program.stderr_logfile if stream == "stderr" else None
-    path = own or program.logfile or f"/dev/{stream}"
-    target = {"/dev/stdout": 1, "/dev/stderr": 2}.get(path) or os.path.abspath(path)
-    unlimited = isinstance(target, int) or program.logfile_maxbytes == 0
+    target = log_target(own or program.logfile or f"/dev/{stream}")
     chosen = program.log_format or (log_format if isinstance(target, int) else "raw")
-    return Route(target, chosen, path == os.devnull or (chosen == "raw" and unlimited))
+    unlimited = isinstance(target, int) or program.logfile_maxbytes == 0
+    direct = target == os.devnull or (chosen == "raw" and unlimited)
+    return Route(target, chosen, direct)
 
 
 def routes(program: Program, log_format: str) -> list[Route]:

@@ -2119,6 +2119,56 @@ def test_programs_that_name_the_same_file_share_it(
     assert all(path.stat().st_size <= 100 << 10 for path in files)
 
 
+def test_rotation_of_a_link_happens_where_the_file_is(
+    tmp_path: Path, supervise: Supervise
+) -> None:
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "web.log").symlink_to("volume/log")
+    run = supervise(f"""
+        [programs.web]
+        command = {sh("echo one; echo two; echo three")}
+        logfile = "web.log"
+        logfile_maxbytes = 4
+        """)
+    run.wait_state("web", "EXITED")
+    assert logs(run) == ["one", "two", "three"]
+    run.end()
+    assert (tmp_path / "web.log").is_symlink()
+    files = rotated(tmp_path / "volume/log")
+    assert [path.read_text() for path in files] == ["one\n", "two\n", "three\n"]
+
+
+def test_programs_that_name_one_file_by_two_names_share_it(
+    tmp_path: Path, supervise: Supervise, gate: Callable[[str], Gate]
+) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "linked").symlink_to("logs")
+    log, gates = tmp_path / "logs/log", [gate("web.go"), gate("db.go")]
+    line = "print('x' * 99, flush=True)"
+    code = (
+        f"import sys; {line}; open(sys.argv[1]).readline()\nfor i in range(299): {line}"
+    )
+    run = supervise(f"""
+        [defaults]
+        logfile_maxbytes = 1000
+        logfile_backups = 99
+        [programs.web]
+        command = {python(code, "web.go")}
+        logfile = "logs/log"
+        [programs.db]
+        command = {python(code, "db.go")}
+        logfile = "linked/log"
+        """)
+    eventually(lambda: log.exists() and log.stat().st_size, 200)
+    for each in gates:
+        each.open()
+    run.wait_state("web", "EXITED")
+    run.wait_state("db", "EXITED")
+    run.end()
+    sizes = [path.stat().st_size for path in rotated(log)]
+    assert sizes == [1000] * 60
+
+
 def test_both_streams_in_one_file_keep_their_order(
     tmp_path: Path, supervise: Supervise
 ) -> None:
@@ -2234,17 +2284,21 @@ def test_json_lines_are_objects(supervise: Supervise) -> None:
 
 @pytest.mark.parametrize("log_format", ["raw", "prefix"])
 @pytest.mark.parametrize("kind", ["file", "pipe", "terminal"])
+@pytest.mark.parametrize(
+    "path", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link"]
+)
 def test_dev_stdout_is_a_log_file_whatever_standard_output_is(
-    tmp_path: Path, supervise: Supervise, kind: str, log_format: str
+    tmp_path: Path, supervise: Supervise, kind: str, log_format: str, path: str
 ) -> None:
+    (tmp_path / "link").symlink_to("/dev/stdout")
     opener = {"file": None, "pipe": os.pipe, "terminal": pty.openpty}[kind]
     source, sink = opener() if opener else (-1, None)
     config = f"""
         [programs.web]
-        command = {sh("echo hello; echo oops >&2")}
-        logfile = "/dev/stdout"
+        command = {sh("echo hello; echo hello; echo oops >&2")}
+        logfile = "{path}"
         stderr_logfile = "/dev/stderr"
-        logfile_maxbytes = "1KB"
+        logfile_maxbytes = 4
         log_format = "{log_format}"
         """
     run = supervise(config, stdout=sink, env={"NO_COLOR": "1"})
@@ -2252,10 +2306,10 @@ def test_dev_stdout_is_a_log_file_whatever_standard_output_is(
     run.end()
     line = b"hello" if log_format == "raw" else b"web | hello"
     if sink is None:
-        assert run.out == line + b"\n"
+        assert run.out.splitlines() == [line, line]
     else:
         os.close(sink)
-        assert drained(source).splitlines() == [line]
+        assert drained(source).splitlines() == [line, line]
     assert "oops\n" in run.err
     assert not list(tmp_path.glob("*.1"))
 
