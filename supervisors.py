@@ -1341,6 +1341,7 @@ class Sink:
     maxbytes = backups = 0
     unfinished = False  # what was written last is no line end
     writer: object = None  # of that
+    problem = ""  # what is to be complained of
     complained = float("-inf")
     held = memoryview(b"")  # what it did not take yet; its sources are not read then
 
@@ -1368,17 +1369,22 @@ class Sink:
         return os.fstat(self.fd).st_size  # may shrink; 0 for no regular file
 
     def rotate(self) -> None:
-        """web.log -> web.log.1 -> ... -> web.log.N; without backups, start over."""
+        """web.log -> web.log.1 -> ... -> web.log.N; where that fails, start over."""
+        try:
+            for n in range(self.backups, 0, -1):
+                older = f"{self.name}.{n}"
+                newer = f"{self.name}.{n - 1}".removesuffix(".0")
+                if os.path.lexists(newer):
+                    # Renaming over it, ext4 would first write the new one to the disk
+                    # (its auto_da_alloc): at 64 KB writes that halves what it takes.
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(older)
+                    os.rename(newer, older)
+        except OSError as error:  # as for a file that is a mount of its own
+            self.problem = f"cannot rename {self.name}: {error.strerror}; starting over"
+            os.ftruncate(self.fd, 0)
         if not self.backups:
             os.ftruncate(self.fd, 0)
-        for n in range(self.backups, 0, -1):
-            older, newer = f"{self.name}.{n}", f"{self.name}.{n - 1}".removesuffix(".0")
-            if os.path.lexists(newer):
-                # Renaming over it, ext4 would first write the new one to the disk (its
-                # auto_da_alloc): at 64 KB writes that halves what the log takes.
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(older)
-                os.rename(newer, older)
         self.reopen()
 
     def reopen(self) -> None:
@@ -1604,10 +1610,11 @@ class LogThread(Loop):
                 left = left[count:]
         except OSError as error:
             dropped, left, sink.writer = len(left), left[:0], sink
-            if time.monotonic() >= sink.complained + SAY_AGAIN:
-                sink.complained = time.monotonic()
-                reason = f"cannot write to {sink.name}: {error.strerror}; dropping"
-                self.say("", reason, "warning")
+            sink.problem = f"cannot write to {sink.name}: {error.strerror}; dropping"
+        if sink.problem and time.monotonic() >= sink.complained + SAY_AGAIN:
+            sink.complained = time.monotonic()
+            self.say("", sink.problem, "warning")
+        sink.problem = ""
         # Only a terminal leaves something: formatted lines, no part of the buffer.
         sink.held = left
         if left and not held:

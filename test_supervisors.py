@@ -2045,6 +2045,27 @@ def test_rotation_keeps_the_newest_backups_only(
     assert joined(files)
 
 
+def test_log_that_cannot_be_renamed_starts_over_and_says_so_once(
+    tmp_path: Path, supervise: Supervise
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "web.log").touch()
+    bind = 'mount --bind file web.log; exec "$@"'
+    run = supervise(
+        f"""
+        [programs.web]
+        command = {sh("seq 1000; exec sleep 1000")}
+        logfile = "web.log"
+        logfile_maxbytes = 40
+        """,
+        prefix=(*unshare("--mount"), "sh", "-c", bind, "sh"),
+    )
+    eventually((tmp_path / "file").read_text, lambda text: text.endswith("\n1000\n"))
+    assert len((tmp_path / "file").read_text()) <= 40
+    assert run.status("web")["log_dropped_bytes"] == 0
+    assert run.err.count("cannot rename") == 1
+
+
 def test_line_that_is_longer_than_a_log_file_has_a_file_of_its_own(
     tmp_path: Path, supervise: Supervise
 ) -> None:
