@@ -1245,6 +1245,7 @@ NAP = 0.001  # seconds
 LITTLE = 256 * 1024  # bytes moved in a pass, below which a nap is worth it
 SAY_AGAIN = 60.0  # seconds between two complaints about one file
 REMEMBERED = 64 * 1024  # bytes of a piped program's output that stay in memory
+PIECE = 4096  # bytes of it that are forgotten at once
 LAG = 1024 * 1024  # bytes that a follower, or a terminal nobody reads, may be behind
 ITEM = 64  # bytes that each costs besides its text
 FAREWELL = 1.0  # seconds that the last output has at the end
@@ -1300,6 +1301,23 @@ class Feed(Generic[T]):
 class Output(Feed[tuple[str, bytes]]):  # of one program, by stream, if no file has it
     dropped = 0  # bytes that could not be written
     log_format = "prefix"  # of the terminal, in this run
+
+    def keep(self, stream: str, lines: bytes) -> None:
+        """Append whole lines in pieces: what is too old goes little by little."""
+        with self.changed:
+            if self.items and not self.followers:  # which count what they have read
+                size, (name, last) = self.items[-1]
+                if name == stream and len(last) < PIECE:
+                    self.items.pop()
+                    self.end, self.size = self.end - 1, self.size - size
+                    lines = last + lines
+            at = 0
+            while at < len(lines):
+                end = (
+                    lines.rfind(b"\n", at, at + PIECE) + 1 or lines.find(b"\n", at) + 1
+                )
+                self.append((stream, lines[at:end]), end - at + ITEM)
+                at = end
 
 
 def line_starts(fd: int, end: int) -> Iterator[int]:
@@ -1579,7 +1597,7 @@ class LogThread(Loop):
         output = source.output
         if isinstance(source.sink, TerminalSink):
             kept = bytes(lines if output.followers else lines[-REMEMBERED:])
-            output.append((source.stream, kept), len(kept) + ITEM)
+            output.keep(source.stream, kept)
         if source.format_lines:
             lines = source.format_lines(bytes(lines), time.time())
         output.dropped += self.write(source.sink, lines, output)
@@ -2233,15 +2251,15 @@ def get_logs(supervisor: Supervisor, request: Request) -> Response:
     if stream not in ("", *STREAMS):
         raise HttpError(400, f"stream: expected stdout or stderr, got {stream!r}")
     out, err = routes(program, output.log_format)
-    target, _, direct = err if stream == "stderr" else out
-    if isinstance(target, str) and target != os.devnull:
-        if stream and out.target == err.target:
-            raise HttpError(400, f"both streams of {name} share one file")
+    target, log_format, direct = err if stream == "stderr" else out
+    if direct and target in (1, 2, os.devnull):
+        raise HttpError(409, f"{name} has a descriptor of its own, not seen here")
+    if stream and out == err and (isinstance(target, str) or log_format != "json"):
+        raise HttpError(400, f"both streams of {name} share one file")
+    if isinstance(target, str):
         backups = [f"{target}.{n + 1}" for n in range(program.logfile_backups)]
         until = output if follow else None
         return Response(b"", stream=file_log([target, *backups], lines, until))
-    if direct:
-        raise HttpError(409, f"{name} has a descriptor of its own, not seen here")
     log = memory_log(output, stream, lines)
     return Response(next(log), stream=log if follow else ())
 
@@ -2255,7 +2273,7 @@ def memory_log(output: Output, stream: str, lines: int) -> Iterator[bytes]:
     output.followers.add(text)
     try:
         items, at = output.read(None, 0)
-        yield b"".join(deque(text(items).splitlines(keepends=True), lines))
+        yield b"".join(deque(io.BytesIO(text(items)), lines))
         while at < output.end or not output.closed:
             items, at = output.read(at, LOOK_INTERVAL)
             yield text(items)
@@ -2266,6 +2284,7 @@ def memory_log(output: Output, stream: str, lines: int) -> Iterator[bytes]:
 def file_log(paths: list[str], lines: int, until: Feed[Any] | None) -> Iterator[bytes]:
     """Yield the last lines of a log and its backups, newest first; follow the log."""
     file: io.FileIO | None = None
+    left = sys.maxsize if until else 0  # else what there is now: a writer may be faster
     with contextlib.ExitStack() as stack:
         for path in filter(os.path.isfile, paths):
             file = stack.enter_context(open(path, "rb", buffering=0))
@@ -2274,7 +2293,7 @@ def file_log(paths: list[str], lines: int, until: Feed[Any] | None) -> Iterator[
             starts = line_starts(file.fileno(), size - 1) if size else ()
             earliest = deque(zip(range(1, lines + 1), starts), 1)
             ((count, start),) = earliest or [(0, size)]
-            file.seek(start)
+            left += size - file.seek(start)
             lines -= count
             if lines <= 0:
                 break
@@ -2282,9 +2301,10 @@ def file_log(paths: list[str], lines: int, until: Feed[Any] | None) -> Iterator[
             ended, newer = not until or until.closed, newer_file(file, paths)
             if file and os.fstat(file.fileno()).st_size < file.tell():
                 file.seek(0)  # it was truncated: no backups, or copytruncate
-            while file and (chunk := file.read(PIPE)):
+            while file and (chunk := file.read(min(PIPE, left))):
+                left -= len(chunk)
                 yield chunk
-            if newer:
+            if newer and left:
                 stack.close()
                 file = stack.enter_context(newer)
             elif ended:

@@ -5354,6 +5354,60 @@ def test_logs_of_a_piped_program_are_its_last_lines(
     assert {line.split()[-1] for line in verb.stdout.splitlines()} == {*out, *err}
 
 
+def test_logs_keep_the_newest_64_kb_after_a_burst(
+    supervise: Supervise, gate: Callable[[str], Gate]
+) -> None:
+    go = gate("go")
+    code = "seq -w 100000; read x <go; echo end; exec sleep 1000"
+    run = supervise(f"[programs.web]\ncommand = {sh(code)}")
+    numbers = [f"{n:06}" for n in range(1, 100_001)]
+    eventually(lambda: logs(run, "?lines=1"), numbers[-1:])
+    go.open()
+    eventually(lambda: logs(run, "?lines=1"), ["end"])
+    kept = logs(run, "?lines=100000")
+    assert kept == [*numbers, "end"][-len(kept) :]
+    assert sum(len(line) + 1 for line in kept) > 58_000
+
+
+def test_memory_of_many_short_lines_is_used_for_their_text() -> None:
+    output = supervisors.Output(supervisors.REMEMBERED, supervisors.LAG)
+    for n in range(100_000):
+        output.keep("stdout", b"%d\n" % n)
+    items, _ = output.read(None, 0)
+    text = b"".join(piece for _, piece in items)
+    assert text.endswith(b"\n99998\n99999\n")
+    assert 58_000 < len(text) < 64 << 10
+    assert len(items) < 20
+
+
+def test_logs_count_only_newlines(supervise: Supervise) -> None:
+    text = r"import os; os.write(1, b'first\n10 %\r20 %\x0b30 %\x0c\n')"
+    run = supervise(f"[programs.web]\ncommand = {python(text)}")
+    run.wait_state("web", "EXITED")
+    answer = eventually(lambda: run.ask("/programs/web/logs?lines=1"), lambda a: a[1])
+    assert answer == (200, "10 %\r20 %\x0b30 %\x0c\n")
+
+
+def test_logs_of_a_file_end_though_its_writer_is_faster(tmp_path: Path) -> None:
+    log = tmp_path / "web.log"
+    log.write_bytes(b"x" * 99_999 + b"\n")
+    shown = 0
+    for chunk in supervisors.file_log([str(log)], 1, None):
+        shown += len(chunk)
+        with log.open("ab") as file:
+            file.write(chunk)
+        assert shown <= 100_000
+    assert shown == 100_000
+
+
+def test_one_stream_of_two_that_share_standard_output_is_refused(
+    supervise: Supervise,
+) -> None:
+    run = supervise(f"[programs.web]\n{SLEEP}logfile = '/dev/stdout'")
+    assert run.ask("/programs/web/logs?stream=stderr")[0] == 400
+    assert run.ask("/programs/web/logs")[0] == 200
+
+
 def test_logs_of_a_rotated_file_reach_into_its_backups(supervise: Supervise) -> None:
     run = supervise(
         f"""[programs.web]
