@@ -712,8 +712,9 @@ def read_program(
 ) -> Iterator[Program]:
     """Yield the instances of a program, without the values that are wrong."""
     checks, count, number = declared(Program), 1, 0
-    if not re.fullmatch(r"[\w.-]+", name, re.ASCII) or name == "all":
-        errors.append(f"{where}: expected letters, digits, '_', '-', '.'; not 'all'")
+    if not re.fullmatch(r"(?!(all|live)$)[\w.-]+", name, re.ASCII):
+        text = "expected letters, digits, '_', '-', '.'; neither 'all' nor 'live'"
+        errors.append(f"{where}: {text}")
     if not isinstance(table, dict):
         errors.append(f"{where}: expected a table, got {table!r:.80}")
         return
@@ -2141,7 +2142,11 @@ def select_programs(known: list[Snapshot], name: str) -> list[Snapshot]:
     for word in name.split(","):
         # Not fnmatchcase: it keeps 32768 compiled patterns for ever.
         matches = re.compile(fnmatch.translate("*" if word == "all" else word)).match
-        names = [key for key in named if matches(key) or matches(key.split(":")[0])]
+        names = [
+            key
+            for key, (one, *_) in named.items()  # a single one is number 0, too
+            if matches(one.group) or matches(f"{one.group}:{one.number}")
+        ]
         if not names:
             raise HttpError(404, f"no program {word!r}{hint(word, named)}")
         found |= {key: named[key] for key in names}
@@ -2512,11 +2517,11 @@ class Conversation:  # one connection, in a thread of its own
         answer = READS.get(path) or ORDERS.get(path)
         if not answer:
             raise HttpError(404, "no such path")
+        known = self.supervisor.snapshots()
+        targets = select_programs(known, name) if name else known
         allowed = "GET, HEAD" if path in READS else "POST"
         if method not in allowed.split(", "):
             raise HttpError(405, f"{method} is not allowed", f"Allow: {allowed}")
-        known = self.supervisor.snapshots()
-        targets = select_programs(known, name) if name else known
         if not self.is_control:
             self.check_rights(method, headers, path in ORDERS or answer is get_logs)
         pairs = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
@@ -2926,7 +2931,7 @@ class Supervisor(Loop):
     """
 
     def __init__(self, config: Config, level: str = "info") -> None:
-        self.config, self.level = config, level
+        self.config, self.first_config, self.level = config, config, level
         self.started_at = time.time()
         self.processes: dict[str, Process] = {}
         self.events: Feed[Snapshot | str] = Feed(MOST_EVENTS, MOST_EVENTS)
@@ -3317,8 +3322,9 @@ class Supervisor(Loop):
         self.config = config
         self.log.log_format = config.log_format
         result = self.change_programs(old.programs)
-        fixed = ("listen", "control", "pidfile")
-        stuck = [key for key in fixed if getattr(old, key) != getattr(config, key)]
+        first = self.first_config
+        fixed = ("listen", "control", "pidfile", "log_format")
+        stuck = [key for key in fixed if getattr(first, key) != getattr(config, key)]
         words = [f"{len(names)} {key}" for key, names in [*result.items()][:3]]
         self.say("", f"reloaded: {', '.join(words)}, {result['unchanged']} unchanged")
         if stuck:
@@ -3515,7 +3521,10 @@ class Client:
     shutdown = functools.partialmethod(ask, "POST /shutdown")  # only asks for it
 
     def signal(self, name: str, signal: str) -> Any:
-        return self.ask(f"POST /programs/*/signal?signal={signal}", name)
+        import urllib.parse
+
+        request = f"POST /programs/*/signal?signal={urllib.parse.quote(signal)}"
+        return self.ask(request, name)
 
     def logs(self, name: str, lines: int = 100) -> str:
         request = f"GET /programs/*/logs?lines={lines}"
@@ -3700,6 +3709,11 @@ VERBS: dict[str, tuple[Verb, int, int, str]] = {
 for _verb in ("start", "stop", "restart"):
     VERBS[_verb] = (functools.partial(do_order, _verb), 1, MANY, "--no-wait -t")
 
+OPTIONS = {  # that are numbers
+    "-n": Check("a whole number >= 0", is_count, int),
+    "-t": Check(f"seconds from 0 to {MOST_WAIT:g}", within(0, MOST_WAIT, float), float),
+}
+
 
 def parse_arguments(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
     """Return verb, words, and options by flag; raises SupervisorError."""
@@ -3720,8 +3734,8 @@ def parse_arguments(arguments: list[str]) -> tuple[str, list[str], dict[str, str
         options = {"-c": DEFAULT_FILE, "-s": server, "-t": "60", "-n": "100", **given}
         if verb == "signal":
             signal_number(words[0])
-        if not 0 <= float(options["-t"]) <= MOST_WAIT or int(options["-n"]) < 0:
-            raise ValueError(f"expected -t from 0 to {MOST_WAIT:g}, -n >= 0")
+        if wrong := read_table(OPTIONS, {key: options[key] for key in OPTIONS})[1]:
+            raise ValueError(wrong[0])
     except (getopt.GetoptError, ValueError) as error:
         raise SupervisorError(f"{error} (see --help)") from None
     return verb, words, options

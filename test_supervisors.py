@@ -477,6 +477,8 @@ def test_impossible_value_is_an_error_with_its_key(keys: str, where: str) -> Non
         ('[programs.web]\ncommand = "it\'s"', "programs.web.command: "),
         ("[programs.'a b']\ncommand = 'a'", "programs.a b"),
         ("[programs.all]\ncommand = 'a'", "programs.all"),
+        ("[programs.live]\ncommand = 'a'", "programs.live"),  # as in /health/live
+        ("[programs.all]\ncommand = 'a'", "programs.all"),
         ("[program.web]\ncommand = 'a'", "did you mean 'programs'?"),
         ("listen = 3000\n[programs.web]\ncommand = 'a'", "listen: "),
         ("listen = 'a:b'\n[programs.web]\ncommand = 'a'", "listen: "),
@@ -2564,6 +2566,8 @@ def exchange(run: Run, request: bytes) -> tuple[int, Any, bytes]:
         (b"GET /status/%2e%2e HTTP/1.1\r\n\r\n", 404),
         (b"GET /__class__ HTTP/1.1\r\n\r\n", 404),
         (b"BREW /nope HTTP/1.1\r\n\r\n", 404),
+        (b"POST /status/nope HTTP/1.1\r\n\r\n", 404),
+        (b"GET /programs/nope/start HTTP/1.1\r\n\r\n", 404),
         (b"BREW /status HTTP/1.1\r\n\r\n", 405),
         (b"POST /status HTTP/1.1\r\nContent-Length: 0\r\n\r\n", 405),
         (b"DELETE /health HTTP/1.1\r\n\r\n", 405),
@@ -4210,6 +4214,13 @@ def test_verbs_take_several_names_globs_groups_and_all(supervise: Supervise) -> 
     assert run.state("api:0") == "RUNNING"
 
 
+def test_names_of_instances_still_match_where_only_one_is_left(shared: Shared) -> None:
+    for name in ("web:*", "web:0"):
+        (status,) = shared.run.ask(f"/status/{name}")[1]
+        assert status["name"] == "web"
+    assert shared.run.ask("/status/web:1")[0] == 404
+
+
 def test_start_verb_is_1_with_the_reason_when_the_program_fails(
     supervise: Supervise,
 ) -> None:
@@ -4350,6 +4361,7 @@ def test_without_a_supervisor_the_derived_socket_is_named(tmp_path: Path) -> Non
         "signal HUP",
         "status --nope",
         "stop web -t soon",
+        "logs -n few",
         "-c",
         "-s foo status",
     ],
@@ -4359,6 +4371,13 @@ def test_a_bad_command_line_is_2(tmp_path: Path, arguments: str) -> None:
     assert (answer.returncode, answer.stdout) == (2, "")
     assert answer.stderr
     assert "Traceback" not in answer.stderr
+
+
+def test_a_number_that_is_none_gets_what_was_expected(tmp_path: Path) -> None:
+    few = run_verb(tmp_path, "logs", "-n", "few").stderr
+    assert "-n: expected a whole number >= 0, got 'few'" in few
+    soon = run_verb(tmp_path, "stop", "web", "-t", "soon").stderr
+    assert "-t: expected seconds from 0 to 300, got 'soon'" in soon
 
 
 def test_verbs_work_from_inside_a_program_without_an_option(
@@ -4877,6 +4896,19 @@ def test_reload_of_token_and_listen_takes_effect_or_says_that_it_does_not(
     if "restart" not in json.dumps(answer):
         eventually(lambda: answers_on(other_port))
         eventually(lambda: answers_on(port), False)
+
+
+def test_reload_tells_what_needs_a_restart_until_there_was_one(
+    supervise: Supervise,
+) -> None:
+    config = f"[programs.web]\n{SLEEP}"
+    run = supervise(config)
+    rewrite(run, f'pidfile = "pid"\nlog_format = "json"\n{config}')
+    for _ in range(2):
+        needed = run.ask("/reload", "POST")[1]["needs_restart"]
+        assert needed == ["pidfile", "log_format"]
+    rewrite(run, config)
+    assert "needs_restart" not in run.ask("/reload", "POST")[1]
 
 
 def reload_over_tcp(port: int, token: str) -> int:
@@ -5988,13 +6020,14 @@ for call in (
     lambda: client.stop("wbe"),
     lambda: client.status("wbe"),
     lambda: client.signal("web", "NOPE"),
+    lambda: client.signal("web", "HUP X"),
     lambda: supervisors.Client("unix:/nowhere").status(),
     lambda: supervisors.Client("127.0.0.1:1").status(),
 ):
     try:
         call()
-    except supervisors.SupervisorError:
-        pass
+    except supervisors.SupervisorError as error:
+        assert "malformed" not in str(error), error
     else:
         assert False, call
 client.shutdown()
