@@ -400,18 +400,19 @@ Variables = Mapping[str, str]
 class SupervisorError(Exception):
     """What the user asked for cannot be done; the message says why."""
 
-    code = 1  # exit status of a verb
     errors: Sequence[str] = ()
+
+    def __init__(self, text: str, code: int = 1) -> None:
+        super().__init__(text)
+        self.code = code  # exit status of a verb
 
 
 class ConfigError(SupervisorError):
     """A configuration is not valid; `errors` lists everything that is wrong with it."""
 
-    code = 2
-
     def __init__(self, errors: Iterable[str]) -> None:
         self.errors: list[str] = list(dict.fromkeys(errors))
-        super().__init__("; ".join(self.errors))
+        super().__init__("; ".join(self.errors), 2)
 
 
 class Address(NamedTuple):  # a unix socket's path, or host and port
@@ -1908,6 +1909,9 @@ def tell_manager(message: str) -> None:
 # strictly; http.server would cost 15 ms and 8 MB.
 
 REQUEST_TIME = 5.0  # seconds for a client to send a request, or to take an answer
+# To take the next piece of a stream, which a pager may stop: over TCP, and over the
+# control socket.
+STREAM_TIME = (60.0, None)
 MOST_CONNECTIONS = (64, sys.maxsize)  # over TCP, and over the control socket
 MOST_STREAMS = (32, sys.maxsize)  # of those; the others are for probes
 MOST_LINE = 8 * 1024  # bytes of a request's line, with a NAME that becomes a pattern
@@ -2265,12 +2269,13 @@ def get_logs(supervisor: Supervisor, request: Request) -> Response:
         backups = [f"{target}.{n + 1}" for n in range(program.logfile_backups)]
         until = output if follow else None
         return Response(b"", stream=file_log([target, *backups], lines, until))
-    log = memory_log(output, stream, lines)
-    return Response(next(log), stream=log if follow else ())
+    return Response(b"", stream=memory_log(output, stream, lines, follow > 0))
 
 
-def memory_log(output: Output, stream: str, lines: int) -> Iterator[bytes]:
-    """Yield the last lines of what is remembered, then what comes."""
+def memory_log(
+    output: Output, stream: str, lines: int, follow: bool
+) -> Iterator[bytes]:
+    """Yield the last lines of what is remembered; then, to follow, what comes."""
 
     def text(items: list[tuple[str, bytes]]) -> bytes:
         return b"".join(data for name, data in items if stream in ("", name))
@@ -2279,7 +2284,7 @@ def memory_log(output: Output, stream: str, lines: int) -> Iterator[bytes]:
     try:
         items, at = output.read(None, 0)
         yield b"".join(deque(io.BytesIO(text(items)), lines))
-        while at < output.end or not output.closed:
+        while follow and (at < output.end or not output.closed):
             items, at = output.read(at, LOOK_INTERVAL)
             yield text(items)
     finally:
@@ -2493,16 +2498,24 @@ class Conversation:  # one connection, in a thread of its own
         lines = [f"HTTP/1.1 {status:d} {status.phrase}", "Cache-Control: no-store"]
         lines += [f"Content-Type: {response.kind}", *response.headers]
         lines += [f"Connection: {'keep-alive' if self.lasts else 'close'}"]
+        in_chunks = self.line.rstrip().endswith("1")  # HTTP/1.1
         if not response.stream:
             lines += [f"Content-Length: {len(response.body)}"]
+        elif in_chunks:  # so that its end is told from a cut (RFC 9112, 7.1)
+            lines += ["Transfer-Encoding: chunked"]
         head, is_head = "\r\n".join([*lines, "", ""]).encode(), self.line[:5] == "HEAD "
         # In one piece: two would take 44 ms (Nagle's algorithm, delayed ACK).
         self.connection.sendall(head if is_head else head + response.body)
-        for chunk in () if is_head else response.stream:
-            if chunk:
-                self.connection.sendall(chunk)
+        if is_head or not response.stream:
+            return
+        self.connection.settimeout(STREAM_TIME[self.is_control])
+        for piece in response.stream:
+            if piece:
+                size = b"%x\r\n" % len(piece)
+                self.connection.sendall(size + piece + b"\r\n" if in_chunks else piece)
             elif self.poll.poll(0) and not self.connection.recv(PIPE):
-                return  # the client is gone
+                break  # the client is gone
+        self.connection.sendall(b"0\r\n\r\n" if in_chunks else b"")
 
     def respond(self, method: str, target: str, headers: dict[str, str]) -> Response:
         """Answer a request. Refusals come in this order: 400, 404, 405, 403, 401."""
@@ -3367,6 +3380,8 @@ class Supervisor(Loop):
         end = time.monotonic() + FAREWELL
         while self.answering and time.monotonic() < end:
             time.sleep(TICK)
+        for one in [*self.answering]:  # whose clients take nothing
+            attempt(one.connection.shutdown, socket.SHUT_RDWR)
 
     def lose_parent(self) -> None:
         self.selector.unregister(0)
@@ -3455,6 +3470,18 @@ POLL = 0.02  # seconds between two looks of a client that waits
 MANY = 1000  # names
 
 
+def chunked_lines(answer: typing.BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of an answer in chunks (RFC 9112, 7.1), if none is missing."""
+    rest = b""
+    while size := int(answer.readline() or b"-1", 16):
+        if size < 0:
+            raise SupervisorError("the answer was cut off")
+        *lines, rest = (rest + answer.read(size + 2)[:-2]).split(b"\n")
+        yield from (line + b"\n" for line in lines)
+    if rest:
+        yield rest
+
+
 class Client:
     """Talks to a running supervisor, at `unix:PATH` or `HOST:PORT`. Any thread.
 
@@ -3475,20 +3502,26 @@ class Client:
         import json
         import urllib.parse
 
-        place = str(self.address)
+        place, path = str(self.address), self.address.path
         request = request.replace("*", urllib.parse.quote(name or "", "")).rstrip("/")
-        # Of HTTP/1.0: then the answer comes in one piece. http.client takes 15 ms.
-        head = f"{request} HTTP/1.0\r\nHost: {place}\r\n{self.fields}\r\n"
+        # http.client would take 15 ms.
+        head = f"{request} HTTP/1.1\r\nHost: {place}\r\nConnection: close\r\n"
+        # Of a name for a host, whichever address answers.
+        dial = functools.partial(socket.create_connection, self.address.place, limit)
         try:
-            with socket.socket(self.address.family) as peer:
+            with socket.socket(socket.AF_UNIX) if path else dial() as peer:
                 peer.settimeout(limit)
-                peer.connect(self.address.place)
-                peer.sendall(head.encode("latin-1"))
-                answer = peer.makefile("rb")
-                status = int(answer.readline()[9:12])  # of `HTTP/1.1 200 OK`
-                while answer.readline().strip():
-                    pass  # the fields say nothing new
-                content = (read if read and status < 400 else json.load)(answer)
+                if path:
+                    peer.connect(path)
+                peer.sendall(f"{head}{self.fields}\r\n".encode())
+                answer, head = peer.makefile("rb"), ""
+                while line := answer.readline().decode("latin-1").strip():
+                    head += line.lower() + "\n"
+                status = int(head[9:12])  # of `HTTP/1.1 200 OK`
+                lines = chunked_lines(answer) if ": chunked\n" in head else answer
+                if status < 400 and read:
+                    return read(lines)
+                content = json.loads(b"".join(lines))
             if status < 400 or "programs" in content:  # as in ill health
                 return content
         except (OSError, ValueError) as error:
@@ -3496,8 +3529,8 @@ class Client:
             text = f"no supervisor at {place}: {reason}; "
             text += "start one, or name another with -c or -s"
             status, content = 404, {"error": text}
-        failure = SupervisorError(content.get("error", f"HTTP status {status}"))
-        failure.code = 4 if status == 404 else 1
+        text = content.get("error", f"HTTP status {status}")
+        failure = SupervisorError(text, 4 if status == 404 else 1)
         failure.errors = content.get("errors", ())
         raise failure
 
@@ -3528,7 +3561,7 @@ class Client:
 
     def logs(self, name: str, lines: int = 100) -> str:
         request = f"GET /programs/*/logs?lines={lines}"
-        content: bytes = self.ask(request, name, 30.0, lambda answer: answer.read())
+        content: bytes = self.ask(request, name, 30.0, b"".join)
         return content.decode(errors="replace")
 
     def wait_healthy(self, timeout: float = 30.0) -> None:
@@ -3593,7 +3626,7 @@ def connect(options: Mapping[str, str]) -> Client:
             addresses.insert(0, f"unix:{control}" if control else "")
     clients = [Client(address, token) for address in addresses if address]
     if not clients:
-        raise SupervisorError(f"{path} has neither control nor listen: use -s")
+        raise SupervisorError(f"{path} has neither control nor listen: use -s", 4)
     # One that does not answer says so when it is asked again.
     return next(filter(Client.answers, clients), clients[0])
 
@@ -3650,7 +3683,8 @@ def do_signal(client: Client, options: Mapping[str, str], names: str) -> int:
 def do_logs(client: Client, options: Mapping[str, str], names: str) -> int:
     """Print the newest lines; with several programs, each line with its name."""
     found = [one["name"] for one in client.status(names)]
-    width, follow, failed = max(map(len, found)), "-f" in options, set()
+    width, follow, failed = max(map(len, found)), "-f" in options, list[str]()
+    broken = list[OSError]()  # our output, by what
     request = f"GET /programs/*/logs?lines={options['-n']}&follow={follow:d}"
     output = io.FileIO(1, "wb", closefd=False)  # a line is one write
 
@@ -3658,14 +3692,19 @@ def do_logs(client: Client, options: Mapping[str, str], names: str) -> int:
         prefix = f"{name:<{width}} | ".encode() if len(found) > 1 else b""
         end = b"\n" if prefix else b""  # which a last line may lack
 
-        def show(answer: Iterable[bytes]) -> None:
-            output.writelines(prefix + one.removesuffix(end) + end for one in answer)
+        def show(lines: Iterable[bytes]) -> None:
+            for line in lines:
+                try:
+                    output.write(prefix + line.removesuffix(end) + end)
+                except OSError as error:
+                    broken.append(error)
+                    raise
 
         try:
             client.ask(request, name, None if follow else 30.0, show)
         except SupervisorError as error:
-            if error.code != 4:  # else it is gone, or nobody reads on
-                failed.add(name)
+            failed.append(name)
+            if not broken:
                 print(f"{name}: {error}", file=sys.stderr)
 
     copies = [threading.Thread(target=copy, args=[one], daemon=True) for one in found]
@@ -3674,6 +3713,8 @@ def do_logs(client: Client, options: Mapping[str, str], names: str) -> int:
         thread.join(0 if follow else None)
     for thread in copies:
         thread.join()
+    for error in broken:
+        raise error
     return 1 if len(failed) == len(found) else 0
 
 
@@ -3741,37 +3782,47 @@ def parse_arguments(arguments: list[str]) -> tuple[str, list[str], dict[str, str
     return verb, words, options
 
 
+def act(verb: str, words: list[str], options: Mapping[str, str]) -> int:
+    """Do what a command line says; return the exit status."""
+    if verb:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
+    if verb in VERBS:
+        names = ",".join(words + words[-1:])  # with a comma it gets an array
+        return VERBS[verb][0](connect(options), options, names)
+    path = [*words, options["-c"]][0]
+    config = load_config(path, options.get("--private", ""))
+    if verb == "check":
+        print(f"{path}: ok, {len(config.programs)} programs")
+        return 0
+    level = "debug" if "-v" in options else "warning" if "-q" in options else "info"
+    return Supervisor(config, level).run()
+
+
 def main(arguments: list[str]) -> int:
     """Do what a command line says; return the exit status."""
-    if {"-h", "--help", "--version"} & {*arguments}:
-        text = str(__doc__).partition("else.\n\n")[2].partition("The file")[0].rstrip()
-        print(f"supervisors {__version__}" if "--version" in arguments else text)
-        return 0
-    verb = ""
+    # Until it is parsed; the code of `health` is 0 or 1 then, too.
+    verb = "health" if "health" in arguments else ""
     try:
-        verb, words, options = parse_arguments(arguments)
-        if verb:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
-        if verb in VERBS:
-            names = ",".join(words + words[-1:])  # with a comma it gets an array
-            return VERBS[verb][0](connect(options), options, names)
-        path = [*words, options["-c"]][0]
-        config = load_config(path, options.get("--private", ""))
-        if verb == "check":
-            print(f"{path}: ok, {len(config.programs)} programs")
-            return 0
-        level = "debug" if "-v" in options else "warning" if "-q" in options else "info"
-        return Supervisor(config, level).run()
+        if {"-h", "--help", "--version"} & {*arguments}:
+            text = str(__doc__).partition("else.\n\n")[2].partition("The file")[0]
+            version = "--version" in arguments
+            print(f"supervisors {__version__}" if version else text.rstrip())
+            code = 0
+        else:
+            verb, words, options = parse_arguments(arguments)
+            code = act(verb, words, options)
+        print(end="", flush=True)  # what cannot be written fails here
     except SupervisorError as error:
         print(*(error.errors or [f"supervisors: {error}"]), sep="\n", file=sys.stderr)
-        if "health" in ([verb] if verb else arguments):
-            return 1
-        return error.code if verb else 2
+        code = error.code if verb else 2
     except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
+        code = 130
+    except OSError as error:  # of our output, as a rule
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the interpreter's last flush
-        return 1
+        code = 1
+        if not isinstance(error, BrokenPipeError):
+            say(f"cannot go on: {error}")
+    return min(code, 1) if verb == "health" else code
 
 
 if __name__ == "__main__":

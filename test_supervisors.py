@@ -4300,6 +4300,105 @@ def test_health_verb_is_0_or_1_and_nothing_else(supervise: Supervise) -> None:
     assert run_verb(run.folder, "stop", "health").returncode == 4
 
 
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """A supervisor whose program has printed something."""
+    with supervising(tmp_path_factory.mktemp("talking")) as start:
+        command = "['sh', '-c', 'echo hello; exec sleep 1000']"
+        run = start(f"{FAST}[programs.web]\ncommand = {command}")
+        eventually(lambda: run.ask("/programs/web/logs")[1], "hello\n")
+        yield run
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["health", "status", "start web", "check", "logs web", "logs -f web", "--help"],
+)
+def test_verb_whose_output_cannot_be_written_is_1(talking: Run, verb: str) -> None:
+    """Into a full disk with the reason, into a pipe that nobody reads without."""
+    read_end, pipe = os.pipe()
+    os.close(read_end)
+    full = os.open("/dev/full", os.O_WRONLY)
+    for fd, reason in ((pipe, ""), (full, "No space left on device")):
+        done = subprocess.run(
+            [PYTHON, str(SCRIPT), *verb.split()],
+            cwd=talking.folder,
+            env=own_environment(PYTHONUNBUFFERED=""),
+            stdout=fd,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=LIMIT,
+        )
+        os.close(fd)
+        assert done.returncode == 1
+        assert reason in done.stderr
+        assert done.stderr.count("\n") == bool(reason)
+
+
+@pytest.mark.parametrize("verb", ["health", "status", "logs web", "--help"])
+def test_verb_with_its_output_closed_is_no_traceback(talking: Run, verb: str) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" "$1" {verb} >&-', PYTHON, str(SCRIPT)],
+        cwd=talking.folder,
+        env=own_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert done.returncode == (verb == "logs web")
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_of_the_health_verb_is_1(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(tmp_path / "s"))
+        listener.listen()
+        verb = subprocess.Popen(
+            [PYTHON, str(SCRIPT), "-s", "unix:s", "health"],
+            cwd=tmp_path,
+            env=own_environment(),
+        )
+        connection = listener.accept()[0]  # it waits for an answer
+        with connection:
+            verb.send_signal(signal.SIGINT)
+            assert verb.wait(LIMIT) == 1
+
+
+def test_file_that_is_named_as_a_verb_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "health").write_text("no TOML")
+    assert run_verb(tmp_path, "-c", "health").returncode == 2
+
+
+def test_verbs_are_4_where_nothing_is_listened_on(tmp_path: Path) -> None:
+    head = 'control = ""\nlisten = ""\n'
+    (tmp_path / "supervisors.toml").write_text(f"{head}[programs.web]\n{SLEEP}")
+    done = run_verb(tmp_path, "status")
+    assert done.returncode == 4
+    assert "use -s" in done.stderr
+
+
+def test_client_takes_whichever_address_a_host_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not socket.has_ipv6:
+        cannot("no IPv6")
+    lookup = socket.getaddrinfo
+
+    def resolve(host: str, *rest: Any, **more: Any) -> Any:
+        return lookup("::1" if host == "six.test" else host, *rest, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
+        client = supervisors.Client(f"six.test:{server.getsockname()[1]}")
+        with ThreadPoolExecutor() as pool:
+            asked = pool.submit(client.health)
+            server.settimeout(LIMIT)
+            with server.accept()[0] as peer:
+                assert b"\r\nHost: six.test:" in peer.recv(4096)
+                peer.sendall(b'HTTP/1.1 200 OK\r\n\r\n{"status": "ok"}')
+            assert asked.result(LIMIT) == {"status": "ok"}
+
+
 def test_an_inherited_address_is_of_no_concern_to_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -5644,6 +5743,89 @@ def test_ctrl_c_of_the_logs_verb_is_quiet(supervise: Supervise, tmp_path: Path) 
         verb.send_signal(signal.SIGINT)
         assert verb.communicate(timeout=LIMIT) == (b"", b"")
         assert verb.returncode in (0, 130, -signal.SIGINT)
+
+
+def test_readers_of_a_log_may_pause(supervise: Supervise, tmp_path: Path) -> None:
+    # More than sockets hold, so that the supervisor has to wait for its readers.
+    (tmp_path / "web.log").write_bytes((b"x" * 99 + b"\n") * 200_000)
+    port = free_port()
+    run = supervise(
+        f'token = "sesame"\n[programs.web]\n{SLEEP}logfile = "web.log"\n'
+        f'type = "notify"\n',
+        listen=f'"127.0.0.1:{port}"',
+    )
+    path = "/programs/web/logs?lines=999999"
+    over_tcp = http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT)
+    with Stream(run, path) as stream, contextlib.closing(over_tcp):
+        over_tcp.request("GET", path, headers={"Authorization": "Bearer sesame"})
+        answers = (stream.answer, over_tcp.getresponse())
+        # For longer than a request, or an answer of one piece, may take.
+        wait = supervisors.REQUEST_TIME + 1
+        assert run.ask(f"/programs/web/start?wait={wait}", "POST")[0] == 202
+        assert [len(one.read()) for one in answers] == [20_000_000] * 2
+
+
+def test_reader_of_a_log_that_pauses_delays_no_end(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    (tmp_path / "web.log").write_bytes((b"x" * 99 + b"\n") * 200_000)
+    run = supervise(f'{FAST}[programs.web]\n{SLEEP}logfile = "web.log"\n')
+    with Stream(run, "/programs/web/logs?lines=999999") as stream:
+        assert run.end() == 0
+        with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+            stream.answer.read()
+
+
+def test_http_1_0_gets_a_log_without_chunks(http_run: Run) -> None:
+    request = b"GET /programs/web/logs?lines=1 HTTP/1.0\r\n\r\n"
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(LIMIT)
+        client.connect(os.path.relpath(http_run.folder / "s"))
+        client.sendall(request)
+        status, headers, _ = answered(client)
+    assert status == 200
+    assert "Transfer-Encoding" not in headers
+
+
+def test_logs_verb_is_1_when_the_supervisor_is_killed(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    run = supervise(talker_config(tmp_path, "web", "piped"))
+    with subprocess.Popen(
+        [PYTHON, str(SCRIPT), "logs", "-f", "web"],
+        cwd=run.folder,
+        env=own_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as verb:
+        assert verb.stdout is not None
+        assert verb.stdout.readline() == "ready\n"
+        os.kill(run.pid, signal.SIGKILL)
+        out, err = verb.communicate(timeout=LIMIT)
+        assert (out, err) == ("", "web: the answer was cut off\n")
+        assert verb.returncode == 1
+    for pid in run.left():
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_logs_verb_is_0_when_the_supervisor_ends(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    run = supervise(talker_config(tmp_path, "web", "piped"))
+    with subprocess.Popen(
+        [PYTHON, str(SCRIPT), "logs", "-f", "web"],
+        cwd=run.folder,
+        env=own_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as verb:
+        assert verb.stdout is not None
+        assert verb.stdout.readline() == "ready\n"
+        assert run.end() == 0
+        assert verb.communicate(timeout=LIMIT) == ("", "")
+        assert verb.returncode == 0
 
 
 FLOOD_ON_USR1 = """
