@@ -576,6 +576,13 @@ def is_place(text: str) -> object:
     return address.path or socket.inet_pton(address.family, address.host)
 
 
+def to_token(text: str, key: str = "") -> str:
+    """Return a token as it is sent; raises ConfigError, which does not tell it."""
+    if not re.fullmatch(r"[ -~]*", text := text.strip()):
+        raise ConfigError([f"{key}: expected printable ASCII"])
+    return text
+
+
 def to_health(table: Table) -> Health:
     values, wrong = read_table(declared(Health), table)
     errors = [f".{line}" for line in wrong]
@@ -597,6 +604,7 @@ TABLE = Check("a table", lambda one: isinstance(one, dict))
 LIMIT = Check('a size or "unlimited"', within(-1, 2**63 - 1, int), to_size)
 LIMITS = Check("a table of limits", TABLE.accepts, to_rlimits)
 STRING = Check("a string", is_text)
+TOKEN = Check("a string", is_text, to_token)
 VARIABLES = Check("a table of strings", TABLE.accepts, to_variables)
 ARGV = Check("a command", lambda argv: any(argv[:1]) and is_words(argv), split)
 ADDRESSES = Check(PLACE, list_of(is_place), to_list)
@@ -693,7 +701,7 @@ class Config(NamedTuple):
     defaults: Annotated[Mapping[str, Any], TABLE] = {}  # as they stand
     listen: Annotated[LIST, ADDRESSES] = ("localhost:3000",)
     control: String = "auto"
-    token: String = ""
+    token: Annotated[str, TOKEN] = ""
     token_file: String = ""
     allowed_hosts: Words = ()
     include: Words = ()
@@ -2931,7 +2939,7 @@ def read_token(config: Config) -> str:
         return config.token
     try:
         with open(path, encoding="utf-8") as file:
-            return file.read().strip()
+            return to_token(file.read(), "token_file")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"cannot read token_file {path!r}: {error}"]) from None
 
@@ -3493,6 +3501,7 @@ class Client:
             self.address = parse_address(address)
         except ValueError as error:
             raise ConfigError([f"server: {error}"]) from None
+        token = to_token(token or "", "token")
         self.fields = f"Authorization: Bearer {token}\r\n" if token else ""
 
     def ask(
@@ -3612,7 +3621,7 @@ def running(config: str | os.PathLike[str] | Mapping[str, Any]) -> Iterator[Clie
 def connect(options: Mapping[str, str]) -> Client:
     """Return a client of -s, else -c, the environment, the default file."""
     server, path = options["-s"], options["-c"]
-    config, token = Config(listen=()), os.environ.get("SUPERVISOR_TOKEN", "")
+    config, token = Config(listen=()), os.environ.get("SUPERVISOR_TOKEN", "").strip()
     with contextlib.suppress(ConfigError):  # a verb works while the file is broken
         environ = original_environ()
         config = Config(**read_table(declared(Config), read_toml(path), environ)[0])

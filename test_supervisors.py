@@ -5382,6 +5382,30 @@ def test_the_token_may_come_from_a_file(supervise: Supervise, tmp_path: Path) ->
     assert "sesame" not in run.err
 
 
+def test_a_token_may_end_with_a_line_as_secrets_do(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "sesame\n")
+    _, port = serve('token = "${SECRET}"')
+    assert reload_over_tcp(port, "sesame") == 200
+    order = ("-s", f"127.0.0.1:{port}", "signal", "URG", "web")
+    assert run_verb(tmp_path, *order, SUPERVISOR_TOKEN="sesame\n").returncode == 0
+
+
+def test_a_token_that_cannot_be_sent_is_refused_and_not_shown(tmp_path: Path) -> None:
+    for token in ("s\u00e9same", "open\nsesame"):
+        with pytest.raises(ConfigError, match=r"^token: expected printable ASCII$"):
+            supervisors.parse_config(
+                {"token": token, "programs": {"web": {"command": "true"}}}, {}
+            )
+        with pytest.raises(ConfigError, match=r"^token: expected printable ASCII$"):
+            supervisors.Client("localhost:1", token)
+        (tmp_path / "token").write_text(token, encoding="utf-8")
+        config = supervisors.Config(token_file=str(tmp_path / "token"))
+        with pytest.raises(ConfigError, match=r"^token_file: expected printable"):
+            supervisors.read_token(config)
+
+
 def test_streams_leave_room_for_probes(shared: Shared) -> None:
     run, port = shared
     request = f"GET /events HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode()
