@@ -2948,7 +2948,8 @@ class Supervisor(Loop):
     """Runs the programs of a configuration. `run` blocks; main thread, once.
 
     It sets signal handlers, reaps every child of this process, and puts all back as it
-    was when it returns. If it is private, the end of its standard input ends it, too.
+    was when it returns. Children that its host starts meanwhile are ended with it. If
+    it is private, the end of its standard input or of its parent ends it, too.
     """
 
     def __init__(self, config: Config, level: str = "info") -> None:
@@ -3016,7 +3017,9 @@ class Supervisor(Loop):
         defer(os.close, null_fd)
         for fd in os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else range(256):
             with contextlib.suppress(OSError):  # it is closed
+                before = os.get_inheritable(int(fd))
                 os.set_inheritable(int(fd), int(fd) < 3)
+                defer(attempt, os.set_inheritable, int(fd), before)
         self.environ = original_environ()
         self.open_loop()
         defer(self.close_loop)
@@ -3031,7 +3034,7 @@ class Supervisor(Loop):
         self.spared = children_before()
         become_subreaper(self.warn)
         if self.config.private:
-            self.watch(0, self.lose_parent)
+            self.watch_parent()
         if self.config.path:
             digest, pid = path_hash(self.config.path), os.getpid()
             self.variables[RUN_VARIABLE] = f"{digest}.{pid}.{start_time(pid)}"
@@ -3095,7 +3098,8 @@ class Supervisor(Loop):
             reason = f"cannot listen on {place}: {error.strerror or error}"
             taken = error.errno in (errno.EADDRINUSE, errno.EEXIST)
             # A container's programs run without; others' verbs find another way.
-            if taken if is_control else os.getpid() != 1:
+            must = taken or self.config.private
+            if must if is_control else os.getpid() != 1:
                 raise SupervisorError(reason) from None
             self.warn(reason)
             return
@@ -3391,8 +3395,17 @@ class Supervisor(Loop):
         for one in [*self.answering]:  # whose clients take nothing
             attempt(one.connection.shutdown, socket.SHUT_RDWR)
 
-    def lose_parent(self) -> None:
-        self.selector.unregister(0)
+    def watch_parent(self) -> None:
+        """End when its pipe does; or, as a fork of it may hold that, when it does."""
+        fds = [0]
+        with contextlib.suppress(OSError, AttributeError):  # needs Linux 5.3
+            fds.append(os.pidfd_open(os.getppid()))
+            self.cleanup.callback(os.close, fds[1])
+        for fd in fds:
+            self.watch(fd, functools.partial(self.lose_parent, fd))
+
+    def lose_parent(self, fd: int) -> None:
+        self.selector.unregister(fd)
         self.begin_shutdown(0, "the parent is gone")
 
     def begin_shutdown(self, code: int, reason: str) -> None:
@@ -3599,23 +3612,33 @@ def running(config: str | os.PathLike[str] | Mapping[str, Any]) -> Iterator[Clie
         if isinstance(config, Mapping):
             # JSON with `=` in the place of `:` is TOML, whose tables are inline.
             encoder = json.JSONEncoder(
-                ensure_ascii=False, separators=(",", "="), default=dict
+                ensure_ascii=False,
+                separators=(",", "="),
+                default=lambda one: (dict if isinstance(one, Mapping) else os.fspath)(
+                    one
+                ),
             )
             with open(path, "w", encoding="utf-8") as file:
                 lines = (f"{key}={encoder.encode(config[key])}\n" for key in config)
                 file.writelines(lines)
         else:
             path = os.fspath(config)
+        load_config(path, f"{folder}/s")  # raises what is wrong with it
         argv = [sys.executable, os.path.abspath(__file__), "-c", path]
         argv.append(f"--private={folder}/s")
-        # At its end it closes the pipe, and the supervisor sees the end of file.
+        # At its end it closes the pipe, and the supervisor sees the end of file, unless
+        # somebody forked meanwhile: hence the order.
         with subprocess.Popen(argv, stdin=subprocess.PIPE) as popen:
             client, end = Client(f"unix:{folder}/s"), time.monotonic() + START_TIME
             while not client.answers():
                 if popen.poll() is not None or time.monotonic() >= end:
                     raise SupervisorError("the supervisor does not start")
                 time.sleep(POLL)
-            yield client
+            try:
+                yield client
+            finally:
+                with contextlib.suppress(SupervisorError):  # it has ended already
+                    client.shutdown()
 
 
 def connect(options: Mapping[str, str]) -> Client:

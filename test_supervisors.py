@@ -6142,6 +6142,8 @@ def world():
     return handlers, sorted(os.listdir("/dev/fd")), threading.active_count()
 
 config = supervisors.load_config("own.toml")
+inherited = os.open("/dev/null", os.O_RDONLY)
+os.set_inheritable(inherited, True)
 before = world()
 devnull = os.open("/dev/null", os.O_WRONLY)
 error = os.dup(2)
@@ -6152,6 +6154,7 @@ os.close(error)
 os.close(devnull)
 assert code == 3, code
 assert world() == before, (before, world())
+assert os.get_inheritable(inherited)
 assert signal.set_wakeup_fd(-1) == -1
 """,
     )
@@ -6265,8 +6268,57 @@ print(ascii(shown))
     assert r"'\U0001f600\n'" in shown
 
 
+def test_running_raises_what_is_wrong_with_a_configuration() -> None:
+    config = {"programs": {"web": {"comand": "true"}}}
+    with pytest.raises(ConfigError) as caught, supervisors.running(config):
+        pass
+    assert any("programs.web.comand: unknown" in line for line in caught.value.errors)
+
+
+def test_running_takes_paths_and_ends_though_a_fork_lives_on(tmp_path: Path) -> None:
+    run_python(
+        tmp_path,
+        r"""
+import os, pathlib, signal, sys
+import supervisors
+
+folder = pathlib.Path.cwd()
+web = {"command": ["sleep", "1000"], "startsecs": 0, "directory": folder}
+sys.stderr = open(os.dup(2), "w")
+os.dup2(os.open("/dev/null", os.O_WRONLY), 2)
+with supervisors.running({"programs": {"web": web}}) as client:
+    client.wait_healthy(10)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        signal.pause()
+assert os.waitpid(child, os.WNOHANG) == (0, 0)
+os.kill(child, signal.SIGKILL)
+os.waitpid(child, 0)
+""",
+    )
+
+
+def test_private_supervisor_without_its_socket_ends_at_once(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text(f"[programs.web]\n{SLEEP}")
+    too_long = f"--private={tmp_path}/{'x' * 200}"
+    with subprocess.Popen(
+        [PYTHON, str(SCRIPT), "-c", "own.toml", too_long],
+        cwd=tmp_path,
+        env=own_environment(),
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as popen:
+        try:
+            assert popen.wait(LIMIT) == 2
+        finally:
+            popen.kill()
+        assert popen.stderr is not None
+        assert b"cannot listen on the control socket" in popen.stderr.read()
+
+
 SUITE = """
-import os, signal
+import os, signal, time
 import pytest, supervisors
 
 CONFIG = {
@@ -6298,6 +6350,17 @@ def test_bad():
 def test_hangs():
     with supervisors.running(CONFIG) as s:
         s.wait_healthy(timeout=10)
+        open("up", "w").close()
+        while True:
+            signal.pause()
+
+def test_forks():
+    with supervisors.running(CONFIG) as s:
+        s.wait_healthy(timeout=10)
+        if os.fork() == 0:  # holds what this process holds, until all is over
+            while s.answers():
+                time.sleep(0.02)
+            os._exit(0)
         open("up", "w").close()
         while True:
             signal.pause()
@@ -6352,7 +6415,7 @@ StartSuite = Callable[[str], Suite]
 
 
 def test_running_in_a_test_suite_leaves_nothing_behind(suite: StartSuite) -> None:
-    run = suite("not hangs")
+    run = suite("not hangs and not forks")
     shown = run.popen.communicate(timeout=LIMIT)[0].decode()
     assert "1 failed, 3 passed" in shown
     assert "BROKEN" in shown
@@ -6360,11 +6423,12 @@ def test_running_in_a_test_suite_leaves_nothing_behind(suite: StartSuite) -> Non
     assert list(run.temporary.iterdir()) == []
 
 
+@pytest.mark.parametrize("test", ["hangs", "forks"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_running_ends_with_its_parent_however_that_ends(
-    suite: StartSuite, tmp_path: Path, number: int
+    suite: StartSuite, tmp_path: Path, number: int, test: str
 ) -> None:
-    run = suite("hangs")
+    run = suite(test)
     eventually((tmp_path / "up").exists)
     assert len(run.left()) > 3
     os.kill(run.popen.pid, number)
