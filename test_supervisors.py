@@ -7251,9 +7251,9 @@ def test_a_command_under_init_can_go_on_in_the_background(
 
 @needs_bash
 def test_a_command_under_init_reads_after_it_went_on_in_the_background(
-    terminal: Open, tmp_path: Path
+    terminal: Open, tmp_path: Path, gate: Callable[[str], Gate]
 ) -> None:
-    os.mkfifo(tmp_path / "go")
+    go = gate("go")
     (tmp_path / "run").write_text("echo up; read x < go; read x; echo got $x")
     tty = terminal(*BASH)
     tty.type(f"{' '.join(INIT)} -- sh run\n")
@@ -7266,7 +7266,7 @@ def test_a_command_under_init_reads_after_it_went_on_in_the_background(
     tty.type("fg\n")
     tty.wait_for("-- sh run")
     eventually(lambda: os.tcgetpgrp(tty.fd) != tty.popen.pid)
-    (tmp_path / "go").write_text("\n")
+    go.open()
     tty.type("hello\n")
     tty.wait_for("got hello")
 
