@@ -1420,6 +1420,16 @@ class Sink:
         self.fd = -1
 
 
+def open_output(fd: int) -> int:
+    """Open what a descriptor leads to once more, not to block; raises OSError."""
+    flags, path = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY, f"/proc/self/fd/{fd}"
+    try:
+        return os.open(path if os.path.exists(path) else os.ttyname(fd), flags)
+    except PermissionError:  # as of the terminal of another user, after `su`
+        os.tcgetpgrp(fd)  # raises unless it is our controlling terminal
+        return os.open("/dev/tty", flags)
+
+
 class TerminalSink(Sink):
     """Standard output or error, which may be a terminal or a pipe that nobody reads."""
 
@@ -1430,9 +1440,7 @@ class TerminalSink(Sink):
         self.takes = select.PIPE_BUF  # when poll(2) calls it writable
         with contextlib.suppress(OSError):
             if not stat.S_ISREG(os.fstat(fd).st_mode):  # its position is shared, too
-                path = f"/proc/self/fd/{fd}"
-                path = path if os.path.exists(path) else os.ttyname(fd)
-                self.fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+                self.fd = open_output(fd)
             self.takes = BUFFER
         self.poll = select.poll()
         self.poll.register(self.fd, select.POLLOUT)
@@ -2729,6 +2737,7 @@ class Process:
         supervisor, fds = self.supervisor, list[int]()
         self.output.log_format = log_format = supervisor.config.log_format
         found = routes(self.program, log_format)
+        user = find_account(self.program)[1].get("user", -1)
         for stream, where in zip(STREAMS, found):
             if fds and where == found[0] and where.log_format != "json":
                 return fds * 2  # one pipe keeps the order of the two
@@ -2743,6 +2752,8 @@ class Process:
             if not where.direct:  # the log thread opens the file again, and keeps it
                 read_fd, fd = os.pipe()
                 stack.callback(os.close, fd)
+                with contextlib.suppress(OSError):  # that it may open /dev/stdout, too
+                    os.fchown(fd, user, -1)
                 read_fd = move_up(read_fd, supervisor.few_files[0])
                 os.set_blocking(read_fd, False)
                 add = functools.partial(self.add_source, read_fd, stream, where)

@@ -1783,6 +1783,15 @@ def test_user_and_group_may_be_numbers(tmp_path: Path, supervise: Supervise) -> 
     assert lines == ["12345", "54321"]
 
 
+def test_user_may_open_its_standard_output_by_name(
+    tmp_path: Path, supervise: Supervise
+) -> None:
+    as_root()
+    text = "echo one >/dev/stdout; echo two >/dev/stderr; echo end"
+    keys = "user = 'nobody'\ndirectory = '/'"
+    assert printed(tmp_path, supervise, text, keys) == ["one", "two"]
+
+
 def test_user_that_the_supervisor_is_needs_no_right(
     tmp_path: Path, supervise: Supervise
 ) -> None:
@@ -2473,6 +2482,39 @@ def test_terminal_that_nobody_reads_delays_output_only(supervise: Supervise) -> 
     eventually(lambda: run.status("web")["restarts"], 1)
     assert run.end() == 0
     os.close(source)
+
+
+def test_terminal_of_another_user_delays_output_only(
+    supervise: Supervise, tmp_path: Path, gate: Callable[[str], Gate]
+) -> None:
+    as_root()
+    if not shutil.which("setpriv"):
+        cannot("needs setpriv")
+    source, sink = pty.openpty()
+    os.fchown(sink, pwd.getpwnam("nobody").pw_uid, -1)
+    go = gate("go")
+    run = supervise(
+        f"""
+        [programs.flood]
+        command = "yes"
+        [programs.web]
+        command = {sh("read x <go; echo hello; exec sleep 1000")}
+        logfile = "web.log"
+        """,
+        # It becomes our controlling terminal before the right to open it goes.
+        prefix=(
+            "sh",
+            "-c",
+            'exec 3<>"$0"; exec >&3; exec setpriv --bounding-set=-dac_override "$@"',
+            os.ttyname(sink),
+        ),
+    )
+    eventually(lambda: select.select([], [sink], [], 0)[1], [])
+    go.open()
+    eventually(lambda: logs(run), ["hello"])
+    assert run.end() == 0
+    os.close(source)
+    os.close(sink)
 
 
 def test_terminal_that_went_away_ends_nobody(supervise: Supervise) -> None:
