@@ -1960,6 +1960,7 @@ header, form, tr{display:flex; flex-wrap:wrap; gap:8px 12px; align-items:center}
 tr{padding:12px 0; border-top:1px solid #8884; font-variant-numeric:tabular-nums}
 table, tbody{display:block} th, td{padding:0; text-align:left; overflow-wrap:anywhere}
 td{flex:0 0 80px} .state{flex-basis:100px} th, .detail{flex:1 0 200px}
+#error{position:sticky; top:0; z-index:1; background:Canvas}
 .verbs{flex-basis:auto} body:not(.may) .verbs{display:none} button{padding:4px 9px}
 dialog{width:min(1000px, 95%)} dialog form, header{justify-content:space-between}
 pre{display:flex; flex-direction:column-reverse; height:65vh; overflow:auto;
@@ -2020,16 +2021,19 @@ function connect() {
   const events = new EventSource('events'), now = () => new Date().toLocaleTimeString();
   const acts = {state: show, removed: ({name}) => find(name)?.remove(),
     snapshot(statuses) {
-      tell(true, gone ? `Supervisor is back since ${now()}` : 'Live'); gone = '';
+      tell(true, gone ? `Back since ${now()}` : 'Live'); gone = '';
       rows.replaceChildren(); statuses.forEach(show);
       if (sessionStorage.token) unlock();
+      if (log.open && !follower) order('log', log.dataset.name);
     }};
   for (const type in acts) events.addEventListener(type, ({data}) => {
     acts[type](JSON.parse(data)); repaint();
   });
   events.onerror = () => {
-    tell(false, `Supervisor is gone since ${gone ||= now()}, trying again`);
-    if (events.readyState === EventSource.CLOSED) setTimeout(connect, 2000);
+    const refused = events.readyState === EventSource.CLOSED;  // as the 33rd stream is
+    const what = refused ? 'Events are refused' : 'Supervisor is gone';
+    tell(false, `${what} since ${gone ||= now()}, trying again`);
+    if (refused) setTimeout(connect, 2000);
   };
 }
 async function call(method, name, rest, signal) {
@@ -2045,20 +2049,28 @@ async function unlock() {  // asks for what needs the token and changes nothing
   if (!answer.ok) fail('unlock', answer);
 }
 async function openLog(name) {
-  follower = new AbortController();
-  const {body} = await call('GET', name, 'logs?lines=100&follow=1', follower.signal);
-  put($('#name'), name); pre.replaceChildren(); log.showModal();
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let part; !(part = await reader.read()).done;) {
-    pre.append(part.value.replace(/\x1b\[[0-9;?]*[@-~]/g, '').slice(-LOG_LIMIT));
-    while (pre.textContent.length > LOG_LIMIT) pre.firstChild.remove();
+  follower?.abort();
+  const own = follower = new AbortController();
+  try {
+    const {body} = await call('GET', name, 'logs?lines=100&follow=1', own.signal);
+    put($('#name'), log.dataset.name = name); pre.replaceChildren();
+    if (!log.open) log.showModal();
+    const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+    for (let part; !(part = await reader.read()).done;) {
+      pre.append(part.value.replace(/\x1b\[[0-9;?]*[@-~]/g, '').slice(-LOG_LIMIT));
+      while (pre.textContent.length > LOG_LIMIT) pre.firstChild.remove();
+    }
+  } finally {
+    if (own === follower) { follower = null; put($('#name'), `${name} (ended)`); }
   }
 }
-log.onclose = () => follower.abort();
+log.onclose = () => follower?.abort();
+const order = (verb, name) =>
+  (verb === 'log' ? openLog(name) : call('POST', name, verb))
+  .catch(error => error.name === 'AbortError' || fail(`${verb} ${name}`, error));
 rows.onclick = ({target}) => {
-  const {verb} = target.dataset, {name} = target.closest('tr').dataset;
-  const done = verb === 'log' ? openLog(name) : verb && call('POST', name, verb);
-  done?.catch(error => error.name === 'AbortError' || fail(`${verb} ${name}`, error));
+  const {verb} = target.dataset;
+  if (verb) order(verb, target.closest('tr').dataset.name);
 };
 $('#unlock').onsubmit = event => {
   event.preventDefault(); sessionStorage.token = $('#token').value; unlock();

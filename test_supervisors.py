@@ -6824,8 +6824,87 @@ def test_page_says_that_the_supervisor_is_gone_and_when_it_is_back(
     eventually(lambda: "gone" in browser.text("#connection"))
     again = supervise(config, listen=listen)
     pid = again.wait_state("web", "RUNNING")["pid"]
-    eventually(lambda: "back" in browser.text("#connection"))
+    eventually(lambda: "Back" in browser.text("#connection"))
     eventually(lambda: str(pid) in browser.text(row("web")))
+
+
+def unlocked(browser: Browser, port: int) -> None:
+    """Open the page and give it the token."""
+    browser.go(f"http://127.0.0.1:{port}/")
+    browser.type("#token", "sesame\ue007")
+    eventually(lambda: browser.is_visible(f"{row('web')} [data-verb=log]"))
+
+
+def test_page_follows_one_log_however_often_it_is_asked_to(
+    supervise: Supervise, browser: Browser, tmp_path: Path
+) -> None:
+    port = free_port()
+    talker = script(tmp_path, "talker.py", TALKER)
+    run = supervise(page_config(talker), listen=f'"127.0.0.1:{port}"')
+    unlocked(browser, port)
+    twice = "let b = document.querySelector(arguments[0]); b.click(); b.click()"
+    browser.run(twice, f"{row('web')} [data-verb=log]")
+    browser.wait_text("#log pre", "ready\n")
+    for number in (1, 2, 3):
+        run.ask("/programs/web/signal?signal=USR1", "POST")
+        last = f"line {number}"
+        eventually(
+            lambda: browser.text("#log pre"), lambda text, last=last: last in text
+        )
+    assert browser.text("#log pre") == "ready\nline 1\nline 2\nline 3\n"
+    assert browser.complaints() == []
+
+
+def test_page_says_that_a_log_has_ended_and_opens_it_anew(
+    supervise: Supervise, browser: Browser, tmp_path: Path
+) -> None:
+    port = free_port()
+    config = page_config(script(tmp_path, "talker.py", TALKER))
+    run = supervise(config, listen=f'"127.0.0.1:{port}"')
+    unlocked(browser, port)
+    browser.click(f"{row('web')} [data-verb=log]")
+    browser.wait_text("#log pre", "ready\n")
+    assert browser.text("#name") == "web"
+    run.ask("/programs/web/signal?signal=USR1", "POST")
+    browser.wait_text("#log pre", "ready\nline 1\n")
+    run.end()
+    browser.wait_text("#name", "web (ended)")
+    supervise(config, listen=f'"127.0.0.1:{port}"')
+    browser.wait_text("#name", "web")
+    browser.wait_text("#log pre", "ready\n")
+
+
+def test_page_shows_an_error_wherever_one_has_scrolled_to(
+    supervise: Supervise, browser: Browser
+) -> None:
+    port = free_port()
+    supervise(
+        f'token = "sesame"\n{FAST}[programs.many]\n{SLEEP}numprocs = 30\n'
+        f'[programs.web]\n{SLEEP}log_format = "raw"\n',
+        listen=f'"127.0.0.1:{port}"',
+    )
+    unlocked(browser, port)
+    browser.run("scrollTo(0, document.body.scrollHeight)")
+    browser.click(f"{row('web')} [data-verb=log]")
+    eventually(lambda: "web has a descriptor of its own" in browser.text("#error"))
+    code = "return document.querySelector('#error').getBoundingClientRect().top"
+    assert 0 <= browser.run(code) < 844
+
+
+def test_page_tells_a_refusal_of_its_events_from_the_end(
+    shared: Shared, browser: Browser
+) -> None:
+    port = shared.port
+    request = f"GET /events HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode()
+    with contextlib.ExitStack() as stack:
+        for _ in range(32):
+            stream = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            stream.settimeout(LIMIT)
+            stream.sendall(request)
+            assert b" 200 " in stream.recv(64)
+        browser.go(f"http://127.0.0.1:{port}/")
+        eventually(lambda: "Events are refused" in browser.text("#connection"))
+    eventually(lambda: "Back since" in browser.text("#connection"))
 
 
 # === Init mode: helpers ========================================================
