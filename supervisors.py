@@ -3609,6 +3609,18 @@ class Client:
             time.sleep(POLL)
 
 
+def to_toml(config: Mapping[str, Any]) -> str:
+    """Return TOML, which JSON with `=` in the place of `:` is; raises TypeError."""
+    import json
+
+    def plain(one: Any) -> Any:
+        return dict(one) if isinstance(one, Mapping) else os.fspath(one)
+
+    marks = (",", "=")
+    encoder = json.JSONEncoder(ensure_ascii=False, separators=marks, default=plain)
+    return "".join(f"{key}={encoder.encode(config[key])}\n" for key in config)
+
+
 @contextlib.contextmanager
 def running(config: str | os.PathLike[str] | Mapping[str, Any]) -> Iterator[Client]:
     """Run a supervisor as a child process, for tests; yield a client of it.
@@ -3617,21 +3629,13 @@ def running(config: str | os.PathLike[str] | Mapping[str, Any]) -> Iterator[Clie
     on TCP only where the configuration says so. It stops at the end of the block, and
     when this process ends, however that comes about.
     """
-    import json
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="supervisors-") as folder:
         path = f"{folder}/supervisors.toml"
         if isinstance(config, Mapping):
-            # JSON with `=` in the place of `:` is TOML, whose tables are inline.
-            encoder = json.JSONEncoder(
-                ensure_ascii=False,
-                separators=(",", "="),
-                default=lambda one: {**one} if isinstance(one, Mapping) else str(one),
-            )
             with open(path, "w", encoding="utf-8") as file:
-                lines = (f"{key}={encoder.encode(config[key])}\n" for key in config)
-                file.writelines(lines)
+                file.write(to_toml(config))
         else:
             path = os.fspath(config)
         load_config(path, f"{folder}/s")  # raises what is wrong with it
