@@ -69,7 +69,6 @@ __all__ += ["Supervisor", "SupervisorError", "load_config", "running"]
 GRACE = 3.0  # seconds that what a command leaves behind has between TERM and KILL
 TICK = 0.05  # seconds between two looks at what is left, while something is
 SIGNALS = signal.valid_signals()
-DEAD = {b"Z", b"X"}  # states of a process that is not reaped yet (proc(5))
 STOPS = {signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
@@ -136,9 +135,15 @@ def become_subreaper(warn: Callable[[str], object]) -> None:
 def process_fields(pid: int) -> list[bytes]:
     """Return the fields of /proc/PID/stat behind the name (proc(5)); [] if it is gone.
 
-    [0] is the state, [1] parent, [2] group, [3] session, [19] start in ticks from boot.
+    [0] is the state, [1] parent, [2] group, [3] session, [17] the number of threads,
+    [19] start in ticks from boot.
     """
     return process_file(pid, "stat").rpartition(b")")[2].split()
+
+
+def is_dead(fields: list[bytes]) -> bool:
+    """Return whether all of a process, not only its main thread, waits to be reaped."""
+    return fields[0] in (b"Z", b"X") and int(fields[17]) < 2
 
 
 def process_table() -> dict[int, list[bytes]]:
@@ -156,7 +161,7 @@ def descendants(spare: Set[int] = frozenset()) -> list[int]:
     for pid, fields in process_table().items():
         # A program's group, and session, lives on while its leader is reaped.
         group, session = int(fields[2]), int(fields[3])
-        if fields[0] not in DEAD and not {pid, group, session} & spare:
+        if not is_dead(fields) and not {pid, group, session} & spare:
             children.setdefault(int(fields[1]), []).append(pid)
     found = list(children.get(os.getpid(), ()))
     for pid in found:  # grows while it is read: a walk, breadth first
@@ -168,8 +173,8 @@ def group_lives(group: int) -> bool:
     """Return whether a group has more than zombies, which kill(2) counts too."""
     if not send(-group, 0):
         return False
-    states = {one[0] for one in process_table().values() if int(one[2]) == group}
-    return not states or not states <= DEAD
+    members = [one for one in process_table().values() if int(one[2]) == group]
+    return not members or not all(map(is_dead, members))
 
 
 def send(pid: int, number: int) -> bool:
@@ -1241,10 +1246,14 @@ class Route(NamedTuple):  # where a stream goes
     direct: bool  # the program gets the descriptor itself
 
 
+def log_path(program: Program, stream: str) -> str:
+    own = program.stderr_logfile if stream == "stderr" else None
+    return own or program.logfile or f"/dev/{stream}"
+
+
 def route(program: Program, stream: str, log_format: str) -> Route:
     """Return where "stdout" or "stderr" goes; `log_format` is that for terminals."""
-    own = program.stderr_logfile if stream == "stderr" else None
-    target = log_target(own or program.logfile or f"/dev/{stream}")
+    target = log_target(log_path(program, stream))
     chosen = program.log_format or (log_format if isinstance(target, int) else "raw")
     unlimited = isinstance(target, int) or program.logfile_maxbytes == 0
     direct = target == os.devnull or (chosen == "raw" and unlimited)
@@ -1316,6 +1325,8 @@ class Output(Feed[tuple[str, bytes]]):  # of one program, by stream, if no file 
                     lines = last + lines
             while lines:
                 end = lines.rfind(b"\n", 0, PIECE) + 1 or lines.find(b"\n") + 1
+                # For a follower whole: it has not had the time to read a part of it.
+                end = len(lines) if self.followers else end
                 self.append((stream, lines[:end]), end + ITEM)
                 lines = lines[end:]
 
@@ -1363,8 +1374,8 @@ class Sink:
     complained = float("-inf")
     held = memoryview(b"")  # what it did not take yet; its sources are not read then
 
-    def __init__(self, name: str, lowest: int) -> None:
-        self.name, self.lowest, self.fd = name, lowest, -1
+    def __init__(self, path: str, lowest: int) -> None:
+        self.path, self.name, self.lowest, self.fd = path, path, lowest, -1
 
     def put(self, data: memoryview) -> int:
         """Write a piece; return its length, 0 to wait."""
@@ -1383,6 +1394,7 @@ class Sink:
         if self.fd >= 0 and not os.fstat(self.fd).st_nlink:
             self.reopen()
         if self.fd < 0:
+            self.name = os.path.realpath(self.path)  # a link may lead elsewhere by now
             self.fd = move_up(open_log(self.name), self.lowest)
         return os.fstat(self.fd).st_size  # may shrink; 0 for no regular file
 
@@ -1794,7 +1806,7 @@ def why_not(program: Program, argv: LIST, error: Exception) -> tuple[str, int]:
 def start_time(pid: int) -> str:
     """Return when a process started, in ticks since boot; "" if it is gone."""
     fields = process_fields(pid)
-    return "" if not fields or fields[0] in DEAD else fields[19].decode()
+    return "" if not fields or is_dead(fields) else fields[19].decode()
 
 
 def path_hash(path: str) -> str:
@@ -2775,7 +2787,7 @@ class Process:
                 prefix = f"\033[{self.colour}m{prefix[:-1]}\033[0m "
         if where.log_format != "raw":
             form = log_formatter(where.log_format, self.name, stream, prefix)
-        new = Sink(str(where.target), supervisor.few_files[0])
+        new = Sink(log_path(program, stream), supervisor.few_files[0])
         sink = log.sinks.setdefault(where.target, new)
         sink.maxbytes, sink.backups = program.logfile_maxbytes, program.logfile_backups
         log.add(Source(fd, sink, self.output, stream, form))

@@ -2151,6 +2151,20 @@ def test_programs_that_name_the_same_file_share_it(
     assert all(path.stat().st_size <= 100 << 10 for path in files)
 
 
+def test_usr2_follows_a_link_that_leads_elsewhere_by_now(
+    tmp_path: Path, supervise: Supervise
+) -> None:
+    (tmp_path / "web.log").symlink_to("a.log")
+    command = sh("while :; do echo line; sleep 0.02; done")
+    run = supervise(f"[programs.web]\ncommand = {command}\nlogfile = 'web.log'")
+    eventually(lambda: len(logs(run)), lambda count: count > 3)
+    (tmp_path / "web.log").unlink()
+    (tmp_path / "web.log").symlink_to("b.log")
+    run.send(signal.SIGUSR2)
+    eventually(lambda: len(logs(run)), lambda count: count > 3)
+    assert (tmp_path / "b.log").read_text().startswith("line\n")
+
+
 def test_rotation_of_a_link_happens_where_the_file_is(
     tmp_path: Path, supervise: Supervise
 ) -> None:
@@ -5914,6 +5928,14 @@ def memory_of(pid: int) -> int:
     return int(re.findall(r"VmRSS:\s+(\d+) kB", text)[0]) * 1024
 
 
+def test_a_follower_gets_one_burst_of_nearly_the_lag_as_a_whole() -> None:
+    output = supervisors.Output(supervisors.REMEMBERED, supervisors.LAG)
+    output.followers.add("somebody")
+    burst = (b"x" * 99 + b"\n") * (supervisors.LAG // 100 - 10)
+    output.keep("stdout", burst)
+    assert b"".join(text for _, text in output.read(0, 0)[0]) == burst
+
+
 def test_a_follower_that_never_reads_costs_little_and_delays_nobody(
     supervise: Supervise, tmp_path: Path
 ) -> None:
@@ -7655,6 +7677,32 @@ def test_init_leaves_no_daemon_behind(
     assert (tmp_path / "good-end").exists()
     assert lines(tmp_path / "bad-signals") == ["15"]
     assert not any(map(is_alive, found))
+
+
+# Only the main thread ends: the process is a zombie by its state, and goes on.
+HALF_DEAD = """
+import ctypes, os, threading, time
+threading.Thread(target=time.sleep, args=(1000,)).start()
+with open("pid", "w") as file:
+    print(os.getpid(), file=file)
+ctypes.CDLL(None).syscall(60 if os.uname().machine == "x86_64" else 93, 0)
+"""
+
+
+def test_init_ends_what_has_lost_its_main_thread(
+    tmp_path: Path, start_init: StartInit, gate: Callable[[str], Gate]
+) -> None:
+    go = gate("go")
+    text = 'setsid "$@" & read line <go; exit 7'
+    command = ("sh", "-c", text, "sh", PYTHON, "-S", "-c", HALF_DEAD)
+    popen = start_init("--grace", "0.5", "--", *command)
+    path = tmp_path / "pid"
+    eventually(lambda: path.exists() and path.read_text().endswith("\n"))
+    pid = int(path.read_text())
+    eventually(lambda: stat_of(pid)[0], "Z")
+    go.open()
+    assert popen.wait(LIMIT) == 7
+    assert not Path(f"/proc/{pid}").exists()
 
 
 @AS_PID_1
