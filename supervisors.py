@@ -2444,7 +2444,7 @@ class Conversation:  # one connection, in a thread of its own
                     self.answer_one()
                 self.connection.shutdown(socket.SHUT_WR)
                 # Unread, input has the kernel send a reset, which overtakes the answer.
-                self.connection.settimeout(0.2)
+                self.connection.settimeout(0.2 if self.is_welcome else 0)
                 all(self.connection.recv(PIPE) for _ in range(64))  # until b""
         finally:
             if self.is_welcome:
@@ -2656,6 +2656,7 @@ WAITING_NEXT = 5.0
 SWEEP = 1.0  # seconds that orphans have once the programs are gone
 ORPHAN = Program("an orphan", "", stopwaitsecs=SWEEP)
 MOST_TEXT = 1000  # characters of a line that a program says of itself
+MOST_TOLD = 4096  # bytes of a message of sd_notify(3), as in systemd
 MOST_NOTIFICATIONS = 512  # in a turn; the kernel queues 10, under systemd 512
 ASK_TIME = 10.0  # seconds for the main loop to answer a thread
 FOREVER = float("inf")
@@ -3301,7 +3302,7 @@ class Supervisor(Loop):
         with contextlib.suppress(BlockingIOError):
             for _ in range(MOST_NOTIFICATIONS):
                 # No room for descriptors: the kernel closes what BARRIER=1 comes with.
-                data, who, *_ = bound.recvmsg(65536, socket.CMSG_SPACE(12))
+                data, who, *_ = bound.recvmsg(MOST_TOLD, socket.CMSG_SPACE(12))
                 self.take_notification(
                     data, int.from_bytes(who[0][2][:4], sys.byteorder)
                 )
@@ -3314,8 +3315,11 @@ class Supervisor(Loop):
             level = "warning" if lost else "debug"
             self.say("", f"ignored a notification from {pid}{why}", level)
             return
-        for line in data.decode(errors="replace").split("\n"):
-            process.apply(Told("".join(filter(str.isprintable, line[:MOST_TEXT]))))
+        # One line of a kind: a flood of them is no work for the machine.
+        lines = data.decode(errors="replace").split("\n")
+        said = {line.partition("=")[0]: line[:MOST_TEXT] for line in lines}
+        for key in said.keys() & {"READY", "STATUS", "WATCHDOG"}:
+            process.apply(Told("".join(filter(str.isprintable, said[key]))))
 
     def owner(self, pid: int) -> Process | None:
         """Return the program of a process: by session or ancestry."""
@@ -3518,14 +3522,17 @@ MANY = 1000  # names
 
 def chunked_lines(answer: typing.BinaryIO) -> Iterator[bytes]:
     """Yield the lines of an answer in chunks (RFC 9112, 7.1), if none is missing."""
-    rest = b""
+    rest = list[bytes]()  # joined once: a line may have many chunks
     while size := int(answer.readline() or b"-1", 16):
         if size < 0:
             raise SupervisorError("the answer was cut off")
-        *lines, rest = (rest + answer.read(size + 2)[:-2]).split(b"\n")
-        yield from (line + b"\n" for line in lines)
-    if rest:
-        yield rest
+        *lines, last = answer.read(size + 2)[:-2].split(b"\n")
+        for line in lines:
+            yield b"".join([*rest, line, b"\n"])
+            rest.clear()
+        rest.append(last)
+    if any(rest):
+        yield b"".join(rest)
 
 
 class Client:
@@ -3671,7 +3678,9 @@ def running(config: str | os.PathLike[str] | Mapping[str, Any]) -> Iterator[Clie
 def connect(options: Mapping[str, str]) -> Client:
     """Return a client of -s, else -c, the environment, the default file."""
     server, path = options["-s"], options["-c"]
-    config, token = Config(listen=()), os.environ.get("SUPERVISOR_TOKEN", "").strip()
+    config, token = Config(listen=()), ""
+    with contextlib.suppress(ConfigError):  # what cannot be sent is none
+        token = to_token(os.environ.get("SUPERVISOR_TOKEN", ""))
     with contextlib.suppress(ConfigError):  # a verb works while the file is broken
         environ = original_environ()
         config = Config(**read_table(declared(Config), read_toml(path), environ)[0])

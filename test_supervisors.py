@@ -6,6 +6,7 @@ import base64
 import contextlib
 import functools
 import http.client
+import io
 import itertools
 import json
 import os
@@ -3582,6 +3583,20 @@ def test_a_missed_watchdog_restarts_and_a_kept_one_does_not(
     assert "400000" in told and "1000000" in told
 
 
+def test_a_flood_of_notifications_holds_nothing_up(supervise: Supervise) -> None:
+    flood = NOTIFIER.partition("for line")[0]
+    flood += "peer.send(b'READY=1')\nwhile True:\n    peer.send(b'\\n' * 60000)"
+    run = supervise(f"""
+        [programs.app]
+        command = {python(flood)}
+        type = "notify"
+    """)
+    run.wait_state("app", "RUNNING")
+    for _ in range(20):
+        assert run.ask("/health/live")[0] == 200
+    assert run.end() == 0
+
+
 def test_a_watchdog_is_not_missed_while_the_supervisor_is_held_up(
     supervise: Supervise, gate: Callable[[str], Gate]
 ) -> None:
@@ -5446,6 +5461,17 @@ def test_a_token_may_end_with_a_line_as_secrets_do(
     assert reload_over_tcp(port, "sesame") == 200
     order = ("-s", f"127.0.0.1:{port}", "signal", "URG", "web")
     assert run_verb(tmp_path, *order, SUPERVISOR_TOKEN="sesame\n").returncode == 0
+    assert run_verb(tmp_path, "health", SUPERVISOR_TOKEN="\u00fc").returncode == 0
+
+
+def test_a_line_may_come_in_many_chunks() -> None:
+    parts = [b"one\ntw", b"o", b"", b"\n\nthree"]
+    chunks = [b"%x\r\n%b\r\n" % (len(part), part) for part in parts if part]
+    answer = io.BytesIO(b"".join(chunks) + b"0\r\n\r\n")
+    assert [*supervisors.chunked_lines(answer)] == [b"one\n", b"two\n", b"\n", b"three"]
+    cut = supervisors.chunked_lines(io.BytesIO(b"".join(chunks)))
+    with pytest.raises(supervisors.SupervisorError, match="cut off"):
+        list(cut)
 
 
 def test_a_token_that_cannot_be_sent_is_refused_and_not_shown(tmp_path: Path) -> None:
