@@ -2850,7 +2850,10 @@ class Process:
         if reason and self.status.state is not State.STOPPING:
             self.apply(SpawnFailed(f"cannot start {self.name}: {reason}", code))
         else:
-            self.apply(Exited(code, survivors=send(-self.group, 0)))
+            survivors = send(-self.group, 0)
+            if survivors:
+                self.supervisor.leaderless.add(self)
+            self.apply(Exited(code, survivors))
 
     def check(self) -> None:
         """Begin a health check; or give up the one that is under way."""
@@ -2986,6 +2989,8 @@ class Supervisor(Loop):
         self.children: dict[int, Callable[[int], None]] = {}  # what to do at their end
         self.deadlines: dict[Callable[[], object], float] = {}
         self.changes: deque[tuple[Process, Status | None]] = deque()  # see `spread`
+        # Of a thousand programs, few: an event must not cost a look at all.
+        self.leaderless: set[Process] = set()  # whose group lives on
         self.answering: set[Conversation] = set()  # that are about to send
         self.told_manager = ""
         self.connections = [threading.Semaphore(most) for most in MOST_CONNECTIONS]
@@ -3190,13 +3195,12 @@ class Supervisor(Loop):
         for pid, status in ends:
             if pid in self.children:
                 self.guard(self.children.pop(pid), os.waitstatus_to_exitcode(status))
-        stopping = [one for one in self.alive() if one.status.state is State.STOPPING]
-        leaderless = [one for one in stopping if one.status.pid is None]
-        for process in leaderless:
+        for process in [*self.leaderless]:
             if not group_lives(process.group):
+                self.leaderless.remove(process)
                 process.apply(Emptied())
         # Not every end makes a SIGCHLD.
-        self.at(time.monotonic() + TICK if leaderless else None, self.reap)
+        self.at(time.monotonic() + TICK if self.leaderless else None, self.reap)
 
     def snapshots(self) -> list[Snapshot]:
         """Return what is known of all programs, in order. Any thread."""
