@@ -7903,7 +7903,7 @@ def test_the_next_start_ends_what_a_leftover_starts_in_its_last_moment(
 ) -> None:
     trap = "sleep 1000 & echo \\$! >> last; exit"
     text = f'trap "{trap}" TERM; sleep 999 & echo >> up; wait'
-    config = f"[programs.web]\nstopwaitsecs = 0.3\ncommand = {sh(text)}"
+    config = f"[programs.web]\nstopwaitsecs = 10\ncommand = {sh(text)}"
     run = supervise(config)
     eventually((tmp_path / "up").exists)
     run.end(signal.SIGKILL)
