@@ -7144,6 +7144,36 @@ def test_init_passes_options_after_the_command_on() -> None:
     assert done.stdout == "<-c><--><-r><><a b>"
 
 
+def private_kilobytes(pid: int) -> int:
+    """Return what a process holds that no other shares."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        cannot("needs /proc/PID/smaps_rollup")
+    return sum(map(int, re.findall(r"(?m)^Private_\w+: +(\d+) kB", text)))
+
+
+@pytest.mark.parametrize("words", ["supervisors.py", "-B -m supervisors"])
+def test_init_does_not_keep_what_compiling_it_took(words: str, tmp_path: Path) -> None:
+    shutil.copy(SCRIPT, tmp_path)
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    pipes["cwd"] = tmp_path
+    wait = "print(1, flush=True); import sys; sys.stdin.read()"
+    argv = [PYTHON, *words.split(), "--", "sh", "-c", "echo 1; cat"]
+    with (
+        subprocess.Popen([PYTHON, "-c", wait], **pipes) as bare,
+        subprocess.Popen(argv, **pipes) as init,
+    ):
+        for popen in (bare, init):
+            assert popen.stdout and popen.stdout.readline() == b"1\n"
+
+        def more() -> int:
+            return private_kilobytes(init.pid) - private_kilobytes(bare.pid)
+
+        # The goal is 6 MB; the syntax tree alone is 9.
+        eventually(more, lambda kilobytes: kilobytes < 7 * 1024)
+
+
 # === Init mode: signals ========================================================
 
 # Two processes of one group that write every signal they get to a file each.
