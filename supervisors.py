@@ -1954,11 +1954,9 @@ def tell_manager(message: str) -> None:
 # strictly; http.server would cost 15 ms and 8 MB.
 
 REQUEST_TIME = 5.0  # seconds for a client to send a request, or to take an answer
-# To take the next piece of a stream, which a pager may stop: over TCP, and over the
-# control socket.
-STREAM_TIME = (60.0, None)
-MOST_CONNECTIONS = (64, sys.maxsize)  # over TCP, and over the control socket
-MOST_STREAMS = (32, sys.maxsize)  # of those; the others are for probes
+STREAM_TIME = 60.0  # to take the next piece of a stream, which a pager may stop
+MOST_CONNECTIONS = 64  # over TCP; the control socket has none of these limits
+MOST_STREAMS = 32  # of those; the others are for probes
 MOST_LINE = 8 * 1024  # bytes of a request's line, with a NAME that becomes a pattern
 MOST_BYTES = 64 * 1024  # of a request's head, and of its body
 MOST_WAIT = 300.0  # seconds
@@ -2459,52 +2457,54 @@ class Conversation:  # one connection, in a thread of its own
         self.poll.register(connection, select.POLLIN)
         self.input = b""  # what has come and is not used yet
         self.line, self.lasts = "", True
+        self.cleanup = contextlib.ExitStack()
 
     def run(self) -> None:
         """Answer requests until one side has enough; close when the client has."""
-        slots = self.supervisor.connections[self.is_control]
-        self.is_welcome = slots.acquire(blocking=False)
-        try:
-            with contextlib.suppress(OSError, EOFError), self.connection:
-                self.connection.settimeout(REQUEST_TIME)
-                while self.lasts:
-                    self.answer_one()
-                self.connection.shutdown(socket.SHUT_WR)
-                # Unread, input has the kernel send a reset, which overtakes the answer.
-                self.connection.settimeout(0.2 if self.is_welcome else 0)
-                all(self.connection.recv(PIPE) for _ in range(64))  # until b""
-        finally:
-            if self.is_welcome:
-                slots.release()
+        with self.cleanup, contextlib.suppress(OSError), self.connection:
+            self.cleanup.callback(self.supervisor.answering.discard, self)
+            self.is_welcome = self.takes(self.supervisor.connections)
+            self.connection.settimeout(REQUEST_TIME)
+            while self.lasts:
+                self.answer_one()
+                self.supervisor.answering.discard(self)
+            self.connection.shutdown(socket.SHUT_WR)
+            # Unread, input has the kernel send a reset, which overtakes the answer.
+            self.connection.settimeout(0.2 if self.is_welcome else 0)
+            all(self.connection.recv(PIPE) for _ in range(64))  # until b""
+
+    def takes(self, slots: threading.Semaphore) -> bool:
+        """Take a slot until the connection ends, if it needs one and one is free."""
+        if self.is_control:
+            return True
+        if is_free := slots.acquire(blocking=False):
+            self.cleanup.callback(slots.release)
+        return is_free
 
     def answer_one(self) -> None:
         """Answer a request, or say why not."""
         self.line, self.lasts = "", False
-        with contextlib.ExitStack() as stack:
-            stack.callback(self.supervisor.answering.discard, self)
-            try:
-                if not self.is_welcome:
-                    raise HttpError(503, "too many connections", "Retry-After: 1")
-                response = self.respond(*self.read_request())
-                if response.stream:
-                    self.lasts = False  # its end is that of the connection
-                    slots = self.supervisor.streams[self.is_control]
-                    if not slots.acquire(blocking=False):
-                        raise HttpError(503, "too many streams")
-                    stack.callback(slots.release)
-            except HttpError as error:
-                status, text, *headers = error.args
-                response = as_json({"error": text}, status, *headers)
-            except SupervisorError as error:  # of ConfigError alone there is a list
-                more = {"errors": error.errors} if error.errors else {}
-                response = as_json({"error": str(error), **more}, 422 if more else 409)
-            except (OSError, EOFError):
-                raise
-            except Exception as error:
-                text = f"cannot answer {self.line!r}: {error!r}"
-                self.supervisor.say("", text, "error")
-                response = as_json({"error": "internal error"}, 500)
-            self.send(response)
+        try:
+            if not self.is_welcome:
+                raise HttpError(503, "too many connections", "Retry-After: 1")
+            response = self.respond(*self.read_request())
+            if response.stream:
+                self.lasts = False  # its end is that of the connection
+                if not self.takes(self.supervisor.streams):
+                    raise HttpError(503, "too many streams")
+        except HttpError as error:
+            status, text, *headers = error.args
+            response = as_json({"error": text}, status, *headers)
+        except SupervisorError as error:  # of ConfigError alone there is a list
+            more = {"errors": error.errors} if error.errors else {}
+            response = as_json({"error": str(error), **more}, 422 if more else 409)
+        except OSError:
+            raise
+        except Exception as error:
+            text = f"cannot answer {self.line!r}: {error!r}"
+            self.supervisor.say("", text, "error")
+            response = as_json({"error": "internal error"}, 500)
+        self.send(response)
 
     def receive(self, end: bytes, most: int, status: int, deadline: float) -> str:
         """Return the input up to a blank line or line end, when that has come."""
@@ -2514,7 +2514,7 @@ class Conversation:  # one connection, in a thread of its own
             left = max(deadline - time.monotonic(), 0)
             data = self.connection.recv(PIPE) if self.poll.poll(left * 1000) else b""
             if not data and not self.input:
-                raise EOFError  # a client that says nothing gets no answer
+                raise ConnectionAbortedError  # who says nothing gets no answer
             if not data:
                 raise HttpError(408, f"no whole request within {REQUEST_TIME:g} s")
             self.input += data
@@ -2565,7 +2565,7 @@ class Conversation:  # one connection, in a thread of its own
         self.connection.sendall(head if is_head else head + response.body)
         if is_head or not response.stream:
             return
-        self.connection.settimeout(STREAM_TIME[self.is_control])
+        self.connection.settimeout(None if self.is_control else STREAM_TIME)
         for piece in response.stream:
             if piece:
                 size = b"%x\r\n" % len(piece)
@@ -2895,21 +2895,19 @@ class Process:
         supervisor.at(self.check_began + check.timeout, self.check)
         take = functools.partial(self.take_result, self.check_began)
 
-        def ended(code: int) -> None:
-            take(describe_end(code) if code else "")
-
         def ask() -> None:
             supervisor.post(functools.partial(take, probe(check)))
 
         if not check.command:
             threading.Thread(target=ask, daemon=True).start()
             return
-        fd = supervisor.null_fd
         try:
-            self.check_pid = self.spawn(check.command, fd, fd)
-            supervisor.children[self.check_pid] = ended
+            self.check_pid = self.spawn(check.command, *[supervisor.null_fd] * 2)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             take(why_not(self.program, check.command, error)[0])
+            return
+        ends = supervisor.children
+        ends[self.check_pid] = lambda code: take(describe_end(code) if code else "")
 
     def take_result(self, began: float, problem: str) -> None:
         """Take what a check found, "" if it passed, and set the time of the next."""
@@ -3021,8 +3019,8 @@ class Supervisor(Loop):
         self.leaderless: set[Process] = set()  # whose group lives on
         self.answering: set[Conversation] = set()  # that are about to send
         self.told_manager = ""
-        self.connections = [threading.Semaphore(most) for most in MOST_CONNECTIONS]
-        self.streams = [threading.Semaphore(most) for most in MOST_STREAMS]
+        self.connections = threading.Semaphore(MOST_CONNECTIONS)
+        self.streams = threading.Semaphore(MOST_STREAMS)
         self.variables = {"SUPERVISOR_ENABLED": "1"}  # that every program gets
         self.ending = self.killing = False  # a shutdown has begun, and may not wait
         self.busy = "ending what a killed supervisor left"  # why nothing may start
@@ -3300,12 +3298,11 @@ class Supervisor(Loop):
     def order(self, order: Order, targets: Iterable[Snapshot]) -> list[Process]:
         """Do what somebody wants of those programs that are still there."""
         names = [one.program.name for one in targets]
-        chosen = [self.processes[name] for name in names if name in self.processes]
-        if isinstance(order, (Start, Restart)):
-            kept = [one for one in chosen if one.name in self.config.programs]
-            if reason := self.busy or ("" if kept else "it was removed"):
-                raise SupervisorError(f"cannot start {', '.join(names):.100}: {reason}")
-            chosen = kept
+        starts = isinstance(order, (Start, Restart))
+        known = self.config.programs if starts else self.processes
+        chosen = [self.processes[name] for name in names if name in known]
+        if starts and (reason := self.busy or ("" if chosen else "it was removed")):
+            raise SupervisorError(f"cannot start {', '.join(names):.100}: {reason}")
         for process in chosen:
             if not isinstance(order, Signal):
                 process.apply(order)
@@ -3798,14 +3795,13 @@ def do_logs(client: Client, options: Mapping[str, str], names: str) -> int:
                     output.write(prefix + line.removesuffix(end) + end)
                 except OSError as error:
                     broken.append(error)
-                    raise
+                    return
 
         try:
             client.ask(request, name, None if follow else 30.0, show)
         except SupervisorError as error:
             failed.append(name)
-            if not broken:
-                print(f"{name}: {error}", file=sys.stderr)
+            print(f"{name}: {error}", file=sys.stderr)
 
     copies = [threading.Thread(target=copy, args=[one], daemon=True) for one in found]
     for thread in copies:
