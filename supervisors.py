@@ -2236,19 +2236,16 @@ def get_health(supervisor: Supervisor, request: Request) -> Response:
     return as_json({"status": worst, "programs": reasons}, code)
 
 
-METRICS = {  # by name: the key of the status that it shows, and its help
-    "info": ("", "version"),
-    "start_time_seconds": ("", "start, Unix time"),
-    "program_up": ("running", "1 while alive"),
-    "program_ready": ("ready", "1 while ready"),
-    "program_uptime_seconds": ("uptime", "seconds since its start"),
-    "program_restarts_total": ("restarts", "automatic restarts"),
-    "program_exit_code": ("exit_code", "last exit code, 128+N for a signal"),
-    "program_log_dropped_bytes_total": (
-        "log_dropped_bytes",
-        "output that could not be written",
-    ),
-    "program_state": ("", "1 for the present state"),
+METRICS = {  # with their help; a program's are named after the keys of its status
+    "info": "version",
+    "start_time_seconds": "start, Unix time",
+    "program_up": "1 while alive",
+    "program_ready": "1 while ready",
+    "program_uptime_seconds": "seconds since its start",
+    "program_restarts_total": "automatic restarts",
+    "program_exit_code": "last exit code, 128+N for a signal",
+    "program_log_dropped_bytes_total": "output that could not be written",
+    "program_state": "1 for the present state",
 }
 
 
@@ -2260,15 +2257,17 @@ def get_metrics(supervisor: Supervisor, request: Request) -> Response:
     for one in request.targets:
         found = status_object(one, time.monotonic())
         found |= {"uptime": found["uptime"] or 0, "exit_code": last_code(one.status)}
+        found |= {"up": found["running"], "state": None}  # which is several, below
         labels = f'name="{found["name"]}",group="{found["group"]}"'
-        for name, (key, _) in METRICS.items():
-            if found.get(key) is not None:
-                samples[name].append(f"{{{labels}}} {found[key]:.15g}")
+        for name in METRICS:
+            value = found.get(re.sub("program_|_seconds|_total", "", name))
+            if value is not None:
+                samples[name].append(f"{{{labels}}} {value:.15g}")
         for state in State:
             value = f'{{{labels},state="{state.value}"}} {one.status.state is state:d}'
             samples["program_state"].append(value)
     lines = []
-    for name, (_, text) in METRICS.items():
+    for name, text in METRICS.items():
         kind = "counter" if name.endswith("_total") else "gauge"
         lines += [f"# HELP supervisors_{name} {text}"]
         lines += [f"# TYPE supervisors_{name} {kind}"]
@@ -2449,12 +2448,11 @@ ORDERS: dict[str, Answer] = {
 
 
 class Conversation:  # one connection, in a thread of its own
-    def __init__(
-        self, owner: Supervisor, connection: socket.socket, at: Address, control: bool
-    ) -> None:
-        self.supervisor, self.address, self.is_control = owner, at, control
-        self.connection, self.poll = connection, select.poll()
-        self.poll.register(connection, select.POLLIN)
+    def __init__(self, owner: Supervisor, peer: socket.socket, at: Address) -> None:
+        self.supervisor, self.address, self.connection = owner, at, peer
+        self.is_control = at == owner.control
+        self.poll = select.poll()
+        self.poll.register(peer, select.POLLIN)
         self.input = b""  # what has come and is not used yet
         self.line, self.lasts = "", True
         self.cleanup = contextlib.ExitStack()
@@ -3010,6 +3008,7 @@ class Supervisor(Loop):
     def __init__(self, config: Config, level: str = "info") -> None:
         self.config, self.first_config, self.level = config, config, level
         self.started_at = time.time()
+        self.control: Address | None = None  # of the control socket
         self.processes: dict[str, Process] = {}
         self.events: Feed[Snapshot | str] = Feed(MOST_EVENTS, MOST_EVENTS)
         self.children: dict[int, Callable[[int], None]] = {}  # what to do at their end
@@ -3136,9 +3135,10 @@ class Supervisor(Loop):
         except OSError as error:
             self.warn(f"cannot have a control socket in {error.filename}: {error}")
         if control:
-            self.listen(Address(path=control), is_control=True)
+            self.control = Address(path=control)
+            self.listen(self.control)
         for text in filter(None, config.listen):
-            self.listen(parse_address(text), is_control=False)
+            self.listen(parse_address(text))
         if path := config.pidfile:
             try:
                 with open(path, "w") as file:
@@ -3147,7 +3147,8 @@ class Supervisor(Loop):
             except OSError as error:
                 self.warn(f"cannot write the pidfile {path!r}: {error.strerror}")
 
-    def listen(self, address: Address, is_control: bool) -> None:
+    def listen(self, address: Address) -> None:
+        is_control = address == self.control
         try:
             bound = bind(address, private=is_control)
         except OSError as error:
@@ -3167,7 +3168,7 @@ class Supervisor(Loop):
             self.warn(f"{address} is open for reading, no token is set")
         if is_control:
             self.variables["SUPERVISOR_SERVER_URL"] = f"unix://{path}"
-        self.watch(bound, functools.partial(self.accept, bound, address, is_control))
+        self.watch(bound, functools.partial(self.accept, bound, address))
 
     def at(self, when: float | None, call: Callable[[], object]) -> None:
         """Have something called once, at an instant; with None not at all."""
@@ -3235,7 +3236,7 @@ class Supervisor(Loop):
     def alive(self) -> list[Process]:
         return [one for one in self.processes.values() if one.status.is_alive]
 
-    def accept(self, listener: socket.socket, at: Address, control: bool) -> None:
+    def accept(self, listener: socket.socket, address: Address) -> None:
         try:
             connection, _ = listener.accept()
         except OSError:  # out of descriptors, as a rule: wait for some to be closed
@@ -3243,7 +3244,7 @@ class Supervisor(Loop):
             again = functools.partial(self.watch, listener, call)
             self.at(time.monotonic() + 1, again)
             return
-        conversation = Conversation(self, connection, at, control)
+        conversation = Conversation(self, connection, address)
         try:
             threading.Thread(target=conversation.run, daemon=True).start()
         except RuntimeError:  # no thread to be had: a limit of processes
@@ -3499,23 +3500,22 @@ class Supervisor(Loop):
         """Do what changes mean to the others, then look at all programs together."""
         self.react()
         watched, finite = "NOTIFY_SOCKET" in self.environ, self.config.exit_when_done
-        if not self.busy and (watched or finite):
-            programs = self.processes.items()
-            found = {name: verdict(one.program, one.status) for name, one in programs}
-            missing = [
-                name
-                for name, one in programs
-                if found[name] and not is_ready(one.program, one.status)
-            ]
-            failed = [name for name in missing if found[name] == "failed"]
-            waiting = f"STATUS=waiting for {', '.join(missing)}"
-            text = waiting if missing else "READY=1\nSTATUS=ready"
-            if text != self.told_manager:
-                self.told_manager = text
-                tell_manager(text)
-            if finite and missing == failed and not self.alive():
-                codes = [last_code(self.processes[name].status) or 1 for name in failed]
-                self.begin_shutdown([*codes, 0][0], "all programs have ended")
+        if self.busy or not (watched or finite):
+            return
+        missing, failed = [], list[Status]()
+        for program, status in (one.snapshot[:2] for one in self.processes.values()):
+            health = verdict(program, status)
+            if health and not is_ready(program, status):
+                missing.append(program.name)
+                failed += [status] if health == "failed" else []
+        waiting = f"STATUS=waiting for {', '.join(missing)}"
+        text = waiting if missing else "READY=1\nSTATUS=ready"
+        if text != self.told_manager:
+            self.told_manager = text
+            tell_manager(text)
+        if finite and len(missing) == len(failed) and not self.alive():
+            codes = [last_code(status) or 1 for status in failed]
+            self.begin_shutdown([*codes, 0][0], "all programs have ended")
 
     def stop_level(self) -> bool:
         """Stop what nothing alive depends on; return whether there is another level."""
