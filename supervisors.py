@@ -2155,7 +2155,7 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    body: bytes
+    body: bytes = b""
     status: int = 200
     kind: str = "text/plain; charset=utf-8"
     headers: tuple[str, ...] = ()
@@ -2306,7 +2306,7 @@ def get_logs(supervisor: Supervisor, request: Request) -> Response:
     lines = int(number_of(request, "lines", 100, 1e9))
     follow = number_of(request, "follow", 0, 1)
     if lines == 0 and not follow:
-        return Response(b"")  # how a page asks whether its token is right
+        return Response()  # how a page asks whether its token is right
     if len(request.targets) != 1:
         raise HttpError(400, "expected one program, not several")
     program, _, output, *_ = request.targets[0]
@@ -2322,27 +2322,25 @@ def get_logs(supervisor: Supervisor, request: Request) -> Response:
     if isinstance(target, str):
         backups = [f"{target}.{n + 1}" for n in range(program.logfile_backups)]
         until = output if follow else None
-        return Response(b"", stream=file_log([target, *backups], lines, until))
-    return Response(b"", stream=memory_log(output, stream, lines, follow > 0))
+        return Response(stream=file_log([target, *backups], lines, until))
+    return Response(stream=memory_log(output, stream, lines, follow > 0))
 
 
-def memory_log(
-    output: Output, stream: str, lines: int, follow: bool
-) -> Iterator[bytes]:
+def memory_log(feed: Output, stream: str, lines: int, follow: bool) -> Iterator[bytes]:
     """Yield the last lines of what is remembered; then, to follow, what comes."""
 
     def text(items: list[tuple[str, bytes]]) -> bytes:
         return b"".join(data for name, data in items if stream in ("", name))
 
-    output.followers.add(text)
+    feed.followers.add(text)
     try:
-        items, at = output.read(None, 0)
+        items, at = feed.read(None, 0)
         yield b"".join(deque(io.BytesIO(text(items)), lines))
-        while follow and (at < output.end or not output.closed):
-            items, at = output.read(at, LOOK_INTERVAL)
+        while follow and (at < feed.end or not feed.closed):
+            items, at = feed.read(at, LOOK_INTERVAL)
             yield text(items)
     finally:
-        output.followers.discard(text)
+        feed.followers.discard(text)
 
 
 def file_log(paths: list[str], lines: int, until: Feed[Any] | None) -> Iterator[bytes]:
@@ -2914,7 +2912,7 @@ class Process:
             return
         self.apply(Checked(problem))
         if self.status.state in (State.STARTING, State.RUNNING):
-            self.has_passed = self.has_passed or not problem
+            self.has_passed |= not problem
             longest = FOREVER if self.has_passed else FIRST_INTERVAL
             self.plan_check(began + min(check.interval, longest))
 
@@ -3333,9 +3331,8 @@ class Supervisor(Loop):
             for _ in range(MOST_NOTIFICATIONS):
                 # No room for descriptors: the kernel closes what BARRIER=1 comes with.
                 data, who, *_ = bound.recvmsg(MOST_TOLD, socket.CMSG_SPACE(12))
-                self.take_notification(
-                    data, int.from_bytes(who[0][2][:4], sys.byteorder)
-                )
+                pid = int.from_bytes(who[0][2][:4], sys.byteorder)
+                self.take_notification(data, pid)
 
     def take_notification(self, data: bytes, pid: int) -> None:
         process = self.owner(pid)
@@ -3502,19 +3499,19 @@ class Supervisor(Loop):
         watched, finite = "NOTIFY_SOCKET" in self.environ, self.config.exit_when_done
         if self.busy or not (watched or finite):
             return
-        missing, failed = [], list[Status]()
-        for program, status in (one.snapshot[:2] for one in self.processes.values()):
+        missing, codes = [], list[int]()
+        for program, status, *_ in self.snapshots():
             health = verdict(program, status)
             if health and not is_ready(program, status):
                 missing.append(program.name)
-                failed += [status] if health == "failed" else []
+                if health == "failed":
+                    codes.append(last_code(status) or 1)
         waiting = f"STATUS=waiting for {', '.join(missing)}"
         text = waiting if missing else "READY=1\nSTATUS=ready"
         if text != self.told_manager:
             self.told_manager = text
             tell_manager(text)
-        if finite and len(missing) == len(failed) and not self.alive():
-            codes = [last_code(status) or 1 for status in failed]
+        if finite and len(missing) == len(codes) and not self.alive():
             self.begin_shutdown([*codes, 0][0], "all programs have ended")
 
     def stop_level(self) -> bool:
