@@ -2350,13 +2350,12 @@ def file_log(paths: list[str], lines: int, until: Feed[Any] | None) -> Iterator[
     with contextlib.ExitStack() as stack:
         for path in filter(os.path.isfile, paths):
             file = stack.enter_context(open(path, "rb", buffering=0))
-            size = file.seek(0, os.SEEK_END)
+            start = size = file.seek(0, os.SEEK_END)
             # The end of the last line begins no other.
             starts = line_starts(file.fileno(), size - 1) if size else ()
-            earliest = deque(zip(range(1, lines + 1), starts), 1)
-            ((count, start),) = earliest or [(0, size)]
+            for _, found in zip(range(lines), starts):
+                start, lines = found, lines - 1
             left += size - file.seek(start)
-            lines -= count
             if lines <= 0:
                 break
         while True:  # a file that was rotated meanwhile is read to its end
@@ -2746,8 +2745,7 @@ class Process:
     def start_run(self) -> Event:
         """Start the program as it is defined now, unless it has to wait."""
         self.program = program = self.definition
-        known = self.supervisor.processes
-        names = [name for name in program.needs if name in known]
+        known, names = self.supervisor.processes, program.needs
         if blocked := blocked_by({name: known[name].snapshot[:2] for name in names}):
             return blocked
         self.has_passed = False
@@ -3661,8 +3659,7 @@ def to_toml(config: Mapping[str, Any]) -> str:
     def plain(one: Any) -> Any:
         return dict(one) if isinstance(one, Mapping) else os.fspath(one)
 
-    marks = (",", "=")
-    encoder = json.JSONEncoder(ensure_ascii=False, separators=marks, default=plain)
+    encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", "="), default=plain)
     return "".join(f"{key}={encoder.encode(config[key])}\n" for key in config)
 
 
