@@ -2130,7 +2130,7 @@ def status_object(snapshot: Snapshot, now: float) -> dict[str, Any]:
     elif status.state in (State.STOPPED, State.EXITED):
         moment = time.strftime("%b %d %I:%M %p", time.localtime(changed_at))
         words.insert(0, moment if changed_at else "Not started")
-    backoff = due is not None and status.state is State.BACKOFF
+    backoff = status.state is State.BACKOFF
     return {
         "name": program.name, "group": program.group, "running": status.is_alive,
         "state": status.state.value, "ready": is_ready(program, status),
@@ -2451,7 +2451,7 @@ class Conversation:  # one connection, in a thread of its own
         self.poll = select.poll()
         self.poll.register(peer, select.POLLIN)
         self.input = b""  # what has come and is not used yet
-        self.line, self.lasts = "", True
+        self.lasts = True  # so far
         self.cleanup = contextlib.ExitStack()
 
     def run(self) -> None:
@@ -2792,8 +2792,7 @@ class Process:
             if not where.direct:  # the log thread opens the file again, and keeps it
                 read_fd, fd = os.pipe()
                 stack.callback(os.close, fd)
-                with contextlib.suppress(OSError):  # that it may open /dev/stdout, too
-                    os.fchown(fd, user, -1)
+                attempt(os.fchown, fd, user, -1)  # that it may open /dev/stdout, too
                 read_fd = move_up(read_fd, supervisor.few_files[0])
                 os.set_blocking(read_fd, False)
                 add = functools.partial(self.add_source, read_fd, stream, where)
@@ -2946,8 +2945,8 @@ class Process:
             backoff = status.state is State.BACKOFF
             if status.restarts > before.restarts and before.state is not State.BACKOFF:
                 words.append(f"after {describe_end(status.exit_code)}")
-            if backoff and status.deadline is not None:
-                seconds = max(status.deadline - time.monotonic(), 0)
+            if backoff:
+                seconds = max((status.deadline or 0) - time.monotonic(), 0)
                 words.append(f"restart in {seconds:.2g} s")
             bad = backoff or (unhealthy and not was) or has_failed(status)
             level = "warning" if bad else "info"
@@ -3237,8 +3236,7 @@ class Supervisor(Loop):
             connection, _ = listener.accept()
         except OSError:  # out of descriptors, as a rule: wait for some to be closed
             call = self.selector.unregister(listener).data
-            again = functools.partial(self.watch, listener, call)
-            self.at(time.monotonic() + 1, again)
+            self.at(time.monotonic() + 1, functools.partial(self.watch, listener, call))
             return
         conversation = Conversation(self, connection, address)
         try:
@@ -3348,14 +3346,10 @@ class Supervisor(Loop):
 
     def owner(self, pid: int) -> Process | None:
         """Return the program of a process: by session or ancestry."""
-        leaders = {one.status.pid: one for one in self.processes.values()}
-        with contextlib.suppress(OSError, IndexError):
-            while pid > 1:
-                leader = os.getsid(pid)  # every program leads a session
-                if leader in leaders:
-                    return leaders[leader]
-                pid = int(process_fields(pid)[1])
-        return None
+        # Every program leads one.
+        sessions = {attempt(os.getsid, one) for one in {pid, *ancestors(pid)}}
+        found = [one for one in self.processes.values() if one.status.pid in sessions]
+        return found[0] if found else None
 
     def orphans(self) -> dict[int, Program]:
         """Return what programs left that have ended; at last, health checks, too."""
@@ -3368,8 +3362,7 @@ class Supervisor(Loop):
 
         What one that was asked has started is how it ends: not while that one lives.
         """
-        others = strays.keys() - self.asked
-        new = [pid for pid in others if not ancestors(pid) & self.asked]
+        new = [pid for pid in strays if not {pid, *ancestors(pid)} & self.asked]
         for pid in new:
             self.warn(f"{self.busy}: {strays[pid].name} ({pid})")
             send(pid, signal_number(strays[pid].stopsignal))
@@ -3489,7 +3482,7 @@ class Supervisor(Loop):
         self.killing = True
         for process in self.alive():
             process.apply(Stop())
-            send(-process.group, signal.SIGKILL)
+            process.signal(signal.SIGKILL)
 
     def conclude(self) -> None:
         """Do what changes mean to the others, then look at all programs together."""
