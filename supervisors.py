@@ -2430,7 +2430,7 @@ READS: dict[str, Answer] = {
     "/status/*": get_status,
     "/metrics": get_metrics,
     "/events": lambda owner, _: Response(
-        b"", kind="text/event-stream", stream=stream_events(owner)
+        kind="text/event-stream", stream=stream_events(owner)
     ),
     "/programs/*/logs": get_logs,
 }
@@ -2596,7 +2596,7 @@ class Conversation:  # one connection, in a thread of its own
         """Refuse what another site has a browser send, or what is without the token."""
         # The Host shows a name that an attacker's DNS points at loopback, the Origin
         # another site's script. Without Host it is no browser's request.
-        host, port = headers.get("Host", "").lower(), r":\d*$"
+        host, port = headers["Host"].lower(), r":\d*$"
         allowed = {one.lower() for one in self.supervisor.config.allowed_hosts}
         name, origin = re.sub(port, "", host), headers.get("Origin", "").lower()
         known = re.fullmatch(r"(.*\.)?localhost|127(\.\d{1,3}){3}|\[::1\]|", name)
@@ -3027,7 +3027,7 @@ class Supervisor(Loop):
         with self.cleanup:
             self.open()
             self.end_strays(lambda: find_leftovers(self.config))
-            self.start(list(self.processes.values()))
+            self.start(self.processes.values())
             if not self.ending:
                 self.busy = ""
             self.guard(self.conclude)
@@ -3211,9 +3211,8 @@ class Supervisor(Loop):
     def reap(self) -> None:
         """Collect all children that have ended, and notice groups that are empty."""
         ends = []  # at first only these: what is started again may end at once
-        with contextlib.suppress(ChildProcessError):
-            while (end := os.waitpid(-1, os.WNOHANG))[0]:
-                ends.append(end)
+        while (end := attempt(os.waitpid, -1, os.WNOHANG)) not in ((0, 0), -1):
+            ends.append(end)
         for pid, status in ends:
             if pid in self.children:
                 self.guard(self.children.pop(pid), os.waitstatus_to_exitcode(status))
@@ -3257,7 +3256,7 @@ class Supervisor(Loop):
         for process in self.processes.values():
             for name in process.definition.needs:
                 self.dependents[name].append(process)
-        for process in list(self.processes.values()):
+        for process in self.processes.values():
             process.renew()
 
     def start(self, processes: Iterable[Process]) -> None:
@@ -3462,7 +3461,7 @@ class Supervisor(Loop):
         self.ending, self.busy, self.exit_code = True, "shutting down", code
         self.say("", f"shutting down: {reason}")
         tell_manager("STOPPING=1")
-        for process in list(self.processes.values()):
+        for process in self.processes.values():
             # From here on nothing comes back, whatever way it ends.
             process.program = process.program._replace(autorestart=False)
             if process.status.state in (State.STOPPING, State.WAITING, State.BACKOFF):
