@@ -3345,10 +3345,14 @@ class Supervisor(Loop):
 
     def owner(self, pid: int) -> Process | None:
         """Return the program of a process: by session or ancestry."""
-        # Every program leads one.
-        sessions = {attempt(os.getsid, one) for one in {pid, *ancestors(pid)}}
-        found = [one for one in self.processes.values() if one.status.pid in sessions]
-        return found[0] if found else None
+        leaders = {one.status.pid: one for one in self.processes.values()}
+        with contextlib.suppress(OSError, IndexError):
+            while pid > 1:
+                leader = os.getsid(pid)  # every program leads a session
+                if leader in leaders:
+                    return leaders[leader]
+                pid = int(process_fields(pid)[1])
+        return None
 
     def orphans(self) -> dict[int, Program]:
         """Return what programs left that have ended; at last, health checks, too."""
