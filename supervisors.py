@@ -92,7 +92,7 @@ def attempt(call: Callable[..., Any], *arguments: object) -> Any:
     """Call something whose failure, as a lost terminal's, is no harm: it gives -1."""
     try:
         return call(*arguments)
-    except OSError:
+    except (OSError, OverflowError):  # the latter of a number that is none in C
         return -1
 
 
@@ -128,16 +128,10 @@ def call_libc(name: str, *arguments: int) -> int:
         return -1
 
 
-def give_back() -> None:
-    """Have the C library return the memory that compiling this file took."""
-    call_libc("malloc_trim", 0)  # glibc's: it keeps what lies below memory in use
-
-
 def become_subreaper(warn: Callable[[str], object]) -> None:
     """Have orphaned descendants become our children, not those of PID 1, if we can."""
-    if os.getpid() == 1 or sys.platform != "linux":
-        return
-    if call_libc("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+    wanted = os.getpid() != 1 and sys.platform == "linux"
+    if wanted and call_libc("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         warn("cannot become a subreaper: orphans go to PID 1")
 
 
@@ -159,9 +153,8 @@ def process_table() -> dict[int, list[bytes]]:
     """Return the fields of all processes by pid; empty where there is no /proc."""
     # Of another PID namespace, it shows strangers under the numbers of our children.
     here = attempt(os.readlink, "/proc/self") == str(os.getpid())
-    names = os.listdir("/proc") if here else []
-    table = {int(name): process_fields(int(name)) for name in names if name.isdecimal()}
-    return {pid: fields for pid, fields in table.items() if fields}
+    pids = map(int, filter(str.isdecimal, os.listdir("/proc") if here else ()))
+    return {pid: fields for pid in pids if (fields := process_fields(pid))}
 
 
 def descendants(spare: Set[int] = frozenset()) -> list[int]:
@@ -250,7 +243,7 @@ class Init:
         self.target = self.pid if self.single else -self.pid
         # Here as well: whoever of the two is first. It may have called exec since.
         attempt(os.setpgid, self.pid, self.pid)
-        give_back()
+        call_libc("malloc_trim", 0)  # see `exit_with`
         while self.code is None:
             self.pass_on(signal.sigwait(SIGNALS))
         self.sweep()
@@ -365,7 +358,7 @@ def exit_with(call: Callable[[], int]) -> None:
     """Exit with what something returns, called when the script itself is over.
 
     Until then CPython keeps the syntax tree of a script; not while it calls the hook
-    for the exception that ended the script. `give_back` does the rest: 9 MB.
+    for the exception that ended the script. malloc_trim(3) then gives back 9 MB.
     """
 
     def hook(*_: object) -> None:
@@ -460,10 +453,6 @@ class Address(NamedTuple):  # a unix socket's path, or host and port
         return socket.AF_UNIX if self.path else internet
 
     @property
-    def place(self) -> Any:  # as bind and connect take it
-        return self.path or (self.host, self.port)
-
-    @property
     def is_loopback(self) -> bool:
         return self.host.startswith("127.") or self.host == "::1"
 
@@ -505,7 +494,7 @@ def hint(name: str, known: Iterable[str]) -> str:
     """Return `, did you mean 'x'?`, or nothing if no known name is near."""
     import difflib  # only for somebody's mistake
 
-    near = difflib.get_close_matches(name, list(known), 1)
+    near = difflib.get_close_matches(name, known, 1)
     return f", did you mean {near[0]!r}?" if near else ""
 
 
@@ -515,8 +504,7 @@ def expand(value: Any, variables: Variables, errors: list[str]) -> Any:
     def replace(match: re.Match[str]) -> str:
         literal, name, default = match.groups()
         if not literal and name not in variables and default is None:
-            text = f": {match[0]} is not set; write $${{ for a literal ${{"
-            errors.append(text)
+            errors.append(f": {match[0]} is not set; write $${{ for a literal ${{")
         return literal or variables.get(name) or default or ""
 
     if isinstance(value, list):
@@ -580,11 +568,13 @@ def to_size(value: int | str) -> int:  # raises ValueError
     return int(number) << 10 * "-KMG".index(unit or "-")
 
 
-def read_nested(checks: Mapping[str, Check], table: Table) -> dict[str, Any]:
-    """Return the values of a table in a table; raises ConfigError."""
+def read_nested(
+    checks: Mapping[str, Check], table: Table, *problems: str
+) -> dict[str, Any]:
+    """Return the values of a table in a table; raises ConfigError, `problems` too."""
     values, errors = read_table(checks, table)
-    if errors:
-        raise ConfigError(f".{line}" for line in errors)
+    if errors or problems:
+        raise ConfigError([*(f".{line}" for line in errors), *problems])
     return values
 
 
@@ -614,13 +604,9 @@ def to_token(text: str, key: str = "") -> str:
 
 
 def to_health(table: Table) -> Health:
-    values, wrong = read_table(declared(Health), table)
-    errors = [f".{line}" for line in wrong]
-    if len({"http", "tcp", "command"} & table.keys()) != 1:
-        errors.append(": expected one of http, tcp and command")
-    if errors:
-        raise ConfigError(errors)
-    return Health(**values)
+    is_one = len({"http", "tcp", "command"} & table.keys()) == 1
+    problems = () if is_one else (": expected one of http, tcp and command",)
+    return Health(**read_nested(declared(Health), table, *problems))
 
 
 is_text, is_path = re.compile(r"[^\0]*").fullmatch, re.compile(r"[^\0]+").fullmatch
@@ -821,8 +807,7 @@ def parse_config(
             if name in tables:
                 errors.append(f"{file}: programs.{name}: defined twice")
             tables[name], places[name] = table, f"{file}: "
-    numbered = {**environ, "PROCESS_NUM": "0"}
-    wrong = read_table(declared(Program), defaults, numbered)[1]
+    wrong = read_table(declared(Program), defaults, {**environ, "PROCESS_NUM": "0"})[1]
     errors += [f"defaults.{line}" for line in wrong]
     groups = {}
     for name, table in tables.items():
@@ -858,9 +843,8 @@ def load_config(path: str = "supervisors.toml", private: str = "") -> Config:
     for pattern in read_table(declared(Config), data, environ)[0].get("include", ()):
         import glob  # only where something is included
 
-        folder = os.path.dirname(path)
-        for name in sorted(glob.glob(pattern, root_dir=folder or None)):
-            file = os.path.join(folder, name)
+        folder = glob.escape(os.path.dirname(path))
+        for file in sorted(glob.glob(os.path.join(folder, pattern))):
             included[file] = read_toml(file)
     try:
         config = parse_config(data, environ, included)
@@ -939,8 +923,7 @@ Event = Start | Stop | Restart | Happening
 # goes to the group.
 Spawn = NamedTuple("Spawn", [])
 Signal = NamedTuple("Signal", [("name", str)])
-Action = Spawn | Signal
-Step = tuple[Status, Action | None]
+Step = tuple[Status, Spawn | Signal | None]
 
 
 def step(program: Program, now: float, status: Status, event: Event) -> Step:
@@ -1005,8 +988,7 @@ def step(program: Program, now: float, status: Status, event: Event) -> Step:
 def begin(status: Status, automatic: bool = False) -> Step:
     restarts = status.restarts + automatic
     status = status._replace(state=State.STARTING, deadline=None, restarts=restarts)
-    status = status._replace(announced=False, status_text="", checks_failed=0)
-    return status._replace(reason=""), Spawn()
+    return status._replace(announced=False, reason="", status_text=""), Spawn()
 
 
 def halt(program: Program, now: float, status: Status) -> Step:
@@ -1039,17 +1021,16 @@ def due(program: Program, now: float, status: Status) -> Step:
 
 def exited(program: Program, now: float, status: Status, event: Exited) -> Step:
     assert status.is_alive
-    ran = now - status.started
+    ran, asked = now - status.started, status.state is State.STOPPING
     status = status._replace(pid=None, ran=ran, exit_code=event.code)
-    action: Action | None = None
-    if status.state is not State.STOPPING:
+    if not asked:
         status = status._replace(after=After.JUDGE, reason=describe_end(event.code))
-        status, action = halt(program, now, status)
     if not event.survivors:
         return judge(program, now, status)
-    if program.stopasgroup:
-        return status, action
-    return status._replace(deadline=now + KILL_AGAIN), Signal("KILL")
+    if not program.stopasgroup:
+        status = status._replace(state=State.STOPPING, deadline=now + KILL_AGAIN)
+        return status, Signal("KILL")
+    return (status, None) if asked else halt(program, now, status)
 
 
 def told(program: Program, now: float, status: Status, text: str) -> Status:
@@ -1072,7 +1053,7 @@ def judge(program: Program, now: float, status: Status) -> Step:
     `startsecs` is forgiven, then the waits double, and only a run of `backoff_limit`
     starts the count anew, so that a slow crash loop trips as well.
     """
-    status = status._replace(deadline=None, healthy=None)
+    status = status._replace(deadline=None, healthy=None, checks_failed=0)
     if status.after is After.STOP:
         return status._replace(state=State.STOPPED, failures=0), None
     if status.after is After.START:
@@ -1189,10 +1170,10 @@ STREAMS = ("stdout", "stderr")
 Format = Callable[[bytes, float], bytes]  # whole lines and the time (Unix), to bytes
 
 
-def timestamp(now: float, digits: int = 3) -> str:
+def timestamp(now: float) -> str:
     """Return a Unix time as RFC 3339 in UTC."""
     whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
-    return f"{whole}.{int(now % 1 * 1000):03}Z" if digits else f"{whole}Z"
+    return f"{whole}.{int(now % 1 * 1000):03}Z"
 
 
 def cut_lines(data: bytes) -> tuple[bytes, bytes]:
@@ -1261,9 +1242,8 @@ def log_target(path: str) -> int | str:
     if path in OWN_OUTPUTS:
         return OWN_OUTPUTS[path]
     for fd in (1, 2) if path != os.devnull else ():
-        with contextlib.suppress(OSError):  # it is closed, or there is no such file
-            if os.path.samestat(os.stat(path), os.fstat(fd)):
-                return fd
+        if attempt(os.path.samefile, path, fd) is True:
+            return fd
     return os.path.realpath(path)
 
 
@@ -1278,18 +1258,16 @@ def log_path(program: Program, stream: str) -> str:
     return own or program.logfile or f"/dev/{stream}"
 
 
-def route(program: Program, stream: str, log_format: str) -> Route:
-    """Return where "stdout" or "stderr" goes; `log_format` is that for terminals."""
-    target = log_target(log_path(program, stream))
-    chosen = program.log_format or (log_format if isinstance(target, int) else "raw")
-    unlimited = isinstance(target, int) or program.logfile_maxbytes == 0
-    direct = target == os.devnull or (chosen == "raw" and unlimited)
-    return Route(target, chosen, direct)
-
-
 def routes(program: Program, log_format: str) -> list[Route]:
-    """Return where the two streams go, see `route`."""
-    return [route(program, stream, log_format) for stream in STREAMS]
+    """Return where the two streams go; `log_format` is that for terminals."""
+    found = []
+    for stream in STREAMS:
+        target = log_target(log_path(program, stream))
+        ours = isinstance(target, int)
+        chosen = program.log_format or (log_format if ours else "raw")
+        as_is = chosen == "raw" and (ours or program.logfile_maxbytes == 0)
+        found.append(Route(target, chosen, as_is or target == os.devnull))
+    return found
 
 
 class Feed(Generic[T]):
@@ -1373,10 +1351,9 @@ def line_starts(fd: int, end: int) -> Iterator[int]:
 def move_up(fd: int, lowest: int) -> int:
     """Return a duplicate of a descriptor from `lowest` on, or itself without room."""
     # Popen needs one below the original limit, which a thousand log files would take.
-    try:
-        with LIMITED:
-            high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
-    except (OSError, OverflowError):
+    with LIMITED:
+        high = int(attempt(fcntl.fcntl, fd, fcntl.F_DUPFD_CLOEXEC, lowest))
+    if high < 0:
         return fd
     os.close(fd)
     return high
@@ -1387,8 +1364,8 @@ def open_log(path: str) -> int:
     with contextlib.suppress(FileExistsError):
         os.makedirs(os.path.dirname(path), exist_ok=True)
     # Without O_NONBLOCK the open of a FIFO that nobody reads would hang.
-    flags = os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-    return os.open(path, os.O_WRONLY | flags, 0o666)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY
+    return os.open(path, flags, 0o666)
 
 
 class Sink:
@@ -1434,8 +1411,7 @@ class Sink:
                 if os.path.lexists(newer):
                     # Renaming over it, ext4 would first write the new one to the disk
                     # (its auto_da_alloc): at 64 KB writes that halves what it takes.
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(older)
+                    attempt(os.unlink, older)
                     os.rename(newer, older)
         except OSError as error:  # as for a file that is a mount of its own
             self.problem = f"cannot rename {self.name}: {error.strerror}; starting over"
@@ -1519,8 +1495,8 @@ class Loop:
     def post(self, call: Callable[[], object]) -> None:
         """Have the thread call something, in the order of the posts. Any thread."""
         self.calls.append(call)
-        with contextlib.suppress(OSError):  # full: it wakes anyway; closed: too late
-            os.write(self.wake_write, b"\0")
+        # Full: it wakes anyway; closed: too late.
+        attempt(os.write, self.wake_write, b"\0")
 
     def wake_up(self) -> None:
         os.read(self.wake_read, PIPE)
@@ -1566,7 +1542,7 @@ class LogThread(Loop):
         if LEVELS[level] < self.level:
             return
         now = time.time()
-        line = f"{timestamp(now, 0)} {name or 'supervisors'}: {text}"
+        line = f"{timestamp(now)[:19]}Z {name or 'supervisors'}: {text}"
         if self.log_format == "json":
             import json
 
@@ -1631,12 +1607,11 @@ class LogThread(Loop):
         data = self.buffer[: len(rest) + count]
         lines: bytes | memoryview
         if source.format_lines:
-            lines, rest = cut_lines(bytes(data))
+            lines, self.sources[source] = cut_lines(bytes(data))
         else:
             end = self.bytes.rfind(b"\n", 0, len(data)) + 1
             end = end if len(data) - end < LONGEST else len(data)
-            lines, rest = data[:end], bytes(data[end:])
-        self.sources[source] = rest
+            lines, self.sources[source] = data[:end], bytes(data[end:])
         if lines:
             self.emit(source, lines)
 
@@ -1711,13 +1686,10 @@ OWN_VARIABLES |= {"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "SUPERVISOR_SERV
 # Of ours, however high the hard limit is; more is an error on macOS (setrlimit(2)).
 MOST_FILES = 65536 if sys.platform == "linux" else 10240
 # KEY=VALUE, which quotes may stretch over lines; a comment; or, last, a wrong line.
-ENV_ENTRY = re.compile(
-    r"""^[ \t]*(?:\#.*|(?:export[ \t]+)?([A-Za-z_][\w.-]*)[ \t]*=
+ENV_ENTRY = r"""(?mx)^[ \t]*(?:\#.*|(?:export[ \t]+)?([A-Za-z_][\w.-]*)[ \t]*=
     (?:[ \t]*"((?:[^"\\]|\\[\s\S])*)"|[ \t]*'((?:[^'\\]|\\[\s\S])*)'
     |((?![ \t]*["']).*?))
-    (?:[ \t]+\#.*)?)?[ \t]*$|(.+)""",
-    re.VERBOSE | re.MULTILINE,
-)
+    (?:[ \t]+\#.*)?)?[ \t]*$|(.+)"""
 # Limits and niceness have no Popen argument, and need root's rights where the program
 # gives them up; preexec_fn is unsafe with threads. So a small interpreter stands in
 # between for the programs that set them. It reports on a pipe that exec closes.
@@ -1781,7 +1753,7 @@ def read_env_files(program: Program) -> Variables:
                 text = file.read()
         except OSError as error:
             raise ValueError(f"cannot read {path!r}: {error.strerror}") from None
-        for match in ENV_ENTRY.finditer(text):
+        for match in re.finditer(ENV_ENTRY, text):
             name, double, single, bare, wrong = match.groups("")
             if wrong:
                 number = text.count("\n", 0, match.start()) + 1
@@ -1807,7 +1779,7 @@ def trampoline(
     if switch:
         steps.append(f"setgroups({switch['extra_groups']})")
         steps += [f"setgid({switch['group']})", f"setuid({switch['user']})"]
-    steps += [f"signal({name}, SIG_DFL)" for name in ("SIGPIPE", "SIGXFSZ")]
+    steps += ["signal(SIGPIPE, SIG_DFL)", "signal(SIGXFSZ, SIG_DFL)"]
     if "LC_CTYPE" not in environ:  # the interpreter may have added it (PEP 538)
         steps.append("environ.pop('LC_CTYPE', None)")
     steps.append(f"execvp({argv[0]!r}, argv)")
@@ -1846,19 +1818,22 @@ def path_hash(path: str) -> str:
     return str(sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16])
 
 
-def mark(fd: int, digest: str) -> None:
+def mark(fd: int, path: str) -> str:
     """Lock bytes of a file, from our hash and pid on as many as our start in ticks.
 
     The lock belongs to the open file, not to us (F_OFD_SETLK, fcntl(2)): it lasts while
-    anybody has that inherited, and is seen in /proc/PID/fdinfo (proc(5)).
+    anybody has that inherited, and is seen in /proc/PID/fdinfo (proc(5)). Returns what
+    RUN_VARIABLE says, the same three.
     """
     import struct  # 0.2 ms, and only here
 
+    digest, pid = path_hash(path), os.getpid()
+    start = start_time(pid)
     with contextlib.suppress(OSError, ValueError, AttributeError):  # only a second mark
-        place = (int(digest[:10], 16) << PID_BITS) + os.getpid()
-        ticks = int(start_time(os.getpid()))
-        lock = struct.pack("hhqqi", fcntl.F_RDLCK, os.SEEK_SET, place, ticks, 0)
+        place = (int(digest[:10], 16) << PID_BITS) + pid
+        lock = struct.pack("hhqqi", fcntl.F_RDLCK, os.SEEK_SET, place, int(start), 0)
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)
+    return f"{digest}.{pid}.{start}"
 
 
 def supervisor_of(pid: int, environ: bytes, digest: str) -> tuple[int, str]:
@@ -1894,10 +1869,10 @@ def find_leftovers(config: Config) -> dict[int, Program]:
             continue
         known = re.search(rb"\0SUPERVISOR_PROCESS_NAME=([^\0]*)", environ)
         name = os.fsdecode(known[1] if known else process_file(pid, "comm").strip())
-        with contextlib.suppress(OSError):  # it is gone
-            # In another PID namespace numbers mean something else.
-            if os.path.samefile(f"/proc/{pid}/ns/pid", "/proc/self/ns/pid"):
-                found[pid] = config.programs.get(name, Program(name, ""))
+        # In another PID namespace numbers mean something else.
+        spaces = (f"/proc/{pid}/ns/pid", "/proc/self/ns/pid")
+        if attempt(os.path.samefile, *spaces) is True:
+            found[pid] = config.programs.get(name, Program(name, ""))
     return found
 
 
@@ -2644,7 +2619,7 @@ def bind(address: Address, private: bool = False) -> socket.socket:
     with contextlib.ExitStack() as stack:
         if private:  # mode 0600 from its first moment, which chmod could not give
             stack.callback(os.umask, os.umask(0o177))
-        listener.bind(address.place)
+        listener.bind(path or address[1:])
     listener.listen(128)
     listener.setblocking(False)
     return listener
@@ -3087,9 +3062,7 @@ class Supervisor(Loop):
         if self.config.private:
             self.watch_parent()
         if self.config.path:
-            digest, pid = path_hash(self.config.path), os.getpid()
-            self.variables[RUN_VARIABLE] = f"{digest}.{pid}.{start_time(pid)}"
-            mark(null_fd, digest)
+            self.variables[RUN_VARIABLE] = mark(null_fd, self.config.path)
         self.add_programs()
         self.keep_alive()
 
@@ -3581,7 +3554,7 @@ class Client:
         # http.client takes 15 ms, and takes a cut between two chunks for the end.
         head = f"{request} HTTP/1.1\r\nHost: {place}\r\nConnection: close\r\n"
         # Of a name for a host, whichever address answers.
-        dial = functools.partial(socket.create_connection, self.address.place, limit)
+        dial = functools.partial(socket.create_connection, self.address[1:], limit)
         try:
             with socket.socket(socket.AF_UNIX) if path else dial() as peer:
                 peer.settimeout(limit)
@@ -3881,7 +3854,7 @@ def act(verb: str, words: list[str], options: Mapping[str, str]) -> int:
         print(f"{path}: ok, {len(config.programs)} programs")
         return 0
     level = "debug" if "-v" in options else "warning" if "-q" in options else "info"
-    give_back()
+    call_libc("malloc_trim", 0)  # see `exit_with`
     return Supervisor(config, level).run()
 
 
