@@ -138,8 +138,7 @@ def become_subreaper(warn: Callable[[str], object]) -> None:
 def process_fields(pid: int) -> list[bytes]:
     """Return the fields of /proc/PID/stat behind the name (proc(5)); [] if it is gone.
 
-    [0] is the state, [1] parent, [2] group, [3] session, [17] the number of threads,
-    [19] start in ticks from boot.
+    [0] state, [1] parent, [2] group, [3] session, [17] threads, [19] start in ticks.
     """
     return process_file(pid, "stat").rpartition(b")")[2].split()
 
@@ -379,8 +378,7 @@ if __name__ == "__main__":
         sys.exit(2)
     if _init.command:
         exit_with(_init.run)
-    # A signal to PID 1 is lost until there is a handler, unless it is blocked: then it
-    # waits. `Supervisor` unblocks these, and `main` for the verbs.
+    # PID 1 loses them until there is a handler. `Supervisor` unblocks them, and `act`.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
 
 import contextlib
@@ -418,6 +416,7 @@ PLACE = "HOST:PORT with a number for HOST, [V6]:PORT, :PORT or unix:PATH"
 
 Table = Mapping[str, Any]
 Variables = Mapping[str, str]
+Checks = Mapping[str, "Check"]
 
 
 class SupervisorError(Exception):
@@ -515,7 +514,7 @@ def expand(value: Any, variables: Variables, errors: list[str]) -> Any:
 
 
 def read_table(
-    checks: Mapping[str, Check], table: Table, variables: Variables | None = None
+    checks: Checks, table: Table, variables: Variables | None = None
 ) -> tuple[dict[str, Any], list[str]]:
     """Return a table's values by key, expanded if need be, and what is wrong."""
     values, errors = {}, []
@@ -568,9 +567,7 @@ def to_size(value: int | str) -> int:  # raises ValueError
     return int(number) << 10 * "-KMG".index(unit or "-")
 
 
-def read_nested(
-    checks: Mapping[str, Check], table: Table, *problems: str
-) -> dict[str, Any]:
+def read_nested(checks: Checks, table: Table, *problems: str) -> dict[str, Any]:
     """Return the values of a table in a table; raises ConfigError, `problems` too."""
     values, errors = read_table(checks, table)
     if errors or problems:
@@ -728,26 +725,20 @@ class Config(NamedTuple):
 
 
 def read_program(
-    where: str,
-    name: str,
-    table: Table,
-    defaults: Table,
-    environ: Variables,
-    errors: list[str],
-) -> Iterator[Program]:
-    """Yield the instances of a program, without the values that are wrong."""
-    checks, count, number = declared(Program), 1, 0
+    where: str, name: str, table: Table, defaults: Table, environ: Variables
+) -> tuple[list[Program], list[str]]:
+    """Return the instances of a program without wrong values, and what is wrong."""
+    checks, count, programs, errors = declared(Program), 1, list[Program](), list[str]()
     if not re.fullmatch(r"(?!(all|live)$)[\w.-]+", name, re.ASCII):
         text = "expected letters, digits, '_', '-', '.'; neither 'all' nor 'live'"
         errors.append(f"{where}: {text}")
     if not isinstance(table, dict):
-        errors.append(f"{where}: expected a table, got {table!r:.80}")
-        return
+        return [], [*errors, f"{where}: expected a table, got {table!r:.80}"]
     if "command" not in table:
         errors.append(f"{where}.command: missing")
     elif "args" in table:  # then a string is the executable itself
         table = {**table, "command": to_list(table["command"])}
-    while number < count:
+    while (number := len(programs)) < count:
         variables = {**environ, "PROCESS_NUM": str(number)}
         common, wrong = read_table(checks, defaults, variables)
         errors += [f"defaults.{line}" for line in wrong]
@@ -761,8 +752,8 @@ def read_program(
         program = Program(instance, name, number, group_name=account, **values)
         if program.watchdog_secs is not None and program.type != "notify":
             errors.append(f'{where}.watchdog_secs: expected type "notify"')
-        yield program
-        number += 1
+        programs.append(program)
+    return programs, errors
 
 
 def resolve(groups: dict[str, list[Program]], errors: list[str]) -> dict[str, Program]:
@@ -812,7 +803,8 @@ def parse_config(
     groups = {}
     for name, table in tables.items():
         where = f"{places[name]}programs.{name}"
-        groups[name] = [*read_program(where, name, table, defaults, environ, errors)]
+        groups[name], wrong = read_program(where, name, table, defaults, environ)
+        errors += wrong
     if not tables and not errors:
         errors.append("programs: expected at least one program")
     programs = resolve(groups, errors)
@@ -1167,6 +1159,7 @@ LINE_LIMIT = 64 * 1024  # bytes; a longer line is cut where it gets a prefix
 COLOURS = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)  # SGR codes, cyan first
 
 STREAMS = ("stdout", "stderr")
+Data = bytes | memoryview
 Format = Callable[[bytes, float], bytes]  # whole lines and the time (Unix), to bytes
 
 
@@ -1483,9 +1476,9 @@ class Loop:
         self.watch(self.wake_read, self.wake_up)
 
     def close_loop(self) -> None:
-        fds, self.wake_write = (self.wake_read, self.wake_write), -1
-        for fd in fds:
-            os.close(fd)
+        write_end, self.wake_write = self.wake_write, -1
+        os.close(write_end)
+        os.close(self.wake_read)
         self.selector.close()
 
     def watch(self, source: int | socket.socket, call: Callable[[], object]) -> None:
@@ -1495,8 +1488,7 @@ class Loop:
     def post(self, call: Callable[[], object]) -> None:
         """Have the thread call something, in the order of the posts. Any thread."""
         self.calls.append(call)
-        # Full: it wakes anyway; closed: too late.
-        attempt(os.write, self.wake_write, b"\0")
+        attempt(os.write, self.wake_write, b"\0")  # full: it wakes anyway; or closed
 
     def wake_up(self) -> None:
         os.read(self.wake_read, PIPE)
@@ -1564,23 +1556,21 @@ class LogThread(Loop):
         # background writer unless SIGTTOU is blocked (tty_ioctl(4)).
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         while self.closing == float("inf"):
-            if 0 < self.turn(None) < LITTLE:
+            self.moved = 0
+            self.sleep(None)
+            if 0 < self.moved < LITTLE:
                 time.sleep(NAP)
         while time.monotonic() < self.closing:
             busy = bool(self.calls) or any(one.held for one in self.sinks.values())
-            if not self.turn(NAP) and not busy:
+            self.moved = 0
+            self.sleep(NAP)
+            if not self.moved and not busy:
                 break
         for source in list(self.sources):
             self.end(source)
         self.close_loop()
         for fd in {self.sinks[1].fd, self.sinks[2].fd} - {1, 2}:
             os.close(fd)
-
-    def turn(self, timeout: float | None) -> int:
-        """Do what is to be done now; return the bytes that were read."""
-        self.moved = 0
-        self.sleep(timeout)
-        return self.moved
 
     def add(self, source: Source) -> None:
         self.sources.setdefault(source, b"")
@@ -1605,7 +1595,7 @@ class LogThread(Loop):
                 fcntl.fcntl(source.fd, fcntl.F_SETPIPE_SZ, BUFFER)
         self.moved += count
         data = self.buffer[: len(rest) + count]
-        lines: bytes | memoryview
+        lines: Data
         if source.format_lines:
             lines, self.sources[source] = cut_lines(bytes(data))
         else:
@@ -1615,7 +1605,7 @@ class LogThread(Loop):
         if lines:
             self.emit(source, lines)
 
-    def emit(self, source: Source, lines: bytes | memoryview) -> None:
+    def emit(self, source: Source, lines: Data) -> None:
         output = source.output
         if isinstance(source.sink, TerminalSink):
             kept = bytes(lines if output.followers else lines[-REMEMBERED:])
@@ -1632,9 +1622,7 @@ class LogThread(Loop):
         if not any(other.sink is source.sink for other in self.sources):
             source.sink.reopen()  # nobody writes there: no descriptor is held
 
-    def write(
-        self, sink: Sink, data: bytes | memoryview = b"", writer: object = None
-    ) -> int:
+    def write(self, sink: Sink, data: Data = b"", writer: object = None) -> int:
         """Write, and hold what is not taken yet; return how many bytes were dropped."""
         held, dropped = sink.held, 0
         if data and len(held) > LAG:  # messages; the pipes are not read meanwhile
