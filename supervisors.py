@@ -67,6 +67,7 @@ __all__ += ["Supervisor", "SupervisorError", "load_config", "running"]
 # compiling the file takes most of the 25 ms that a container's start may cost.
 
 GRACE = 3.0  # seconds that what a command leaves behind has between TERM and KILL
+FOREVER = float("inf")
 TICK = 0.05  # seconds between two looks at what is left, while something is
 SIGNALS = signal.valid_signals()
 STOPS = {signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
@@ -1368,7 +1369,7 @@ class Sink:
     unfinished = False  # what was written last is no line end
     writer: object = None  # of that
     problem = ""  # what is to be complained of
-    complained = float("-inf")
+    complained = -FOREVER
     held = memoryview(b"")  # what it did not take yet; its sources are not read then
 
     def __init__(self, path: str, lowest: int) -> None:
@@ -1415,9 +1416,9 @@ class Sink:
 
     def reopen(self) -> None:
         """Let go of the file; the next write opens it anew."""
-        if self.fd >= 0:
-            os.close(self.fd)
-        self.fd = -1
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def open_output(fd: int) -> int:
@@ -1525,7 +1526,7 @@ class LogThread(Loop):
         one_place = os.path.sameopenfile(1, 2)  # then lines would mix in two sinks
         self.sinks[1] = self.sinks[2] if one_place else TerminalSink(1)
         self.sources: dict[Source, bytes] = {}  # with what a next line begins with
-        self.closing = float("inf")
+        self.closing = FOREVER
         self.thread = threading.Thread(target=self.run, name="log", daemon=True)
         self.thread.start()
 
@@ -1555,7 +1556,7 @@ class LogThread(Loop):
         # All signals are the main thread's; and a terminal with `tostop` stops a
         # background writer unless SIGTTOU is blocked (tty_ioctl(4)).
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        while self.closing == float("inf"):
+        while self.closing == FOREVER:
             self.moved = 0
             self.sleep(None)
             if 0 < self.moved < LITTLE:
@@ -2644,7 +2645,6 @@ MOST_TEXT = 1000  # characters of a line that a program says of itself
 MOST_TOLD = 4096  # bytes of a message of sd_notify(3), as in systemd
 MOST_NOTIFICATIONS = 512  # in a turn; the kernel queues 10, under systemd 512
 ASK_TIME = 10.0  # seconds for the main loop to answer a thread
-FOREVER = float("inf")
 
 
 def children_before() -> set[int]:
