@@ -1769,8 +1769,9 @@ def trampoline(
         steps.append(f"setgroups({switch['extra_groups']})")
         steps += [f"setgid({switch['group']})", f"setuid({switch['user']})"]
     steps += ["signal(SIGPIPE, SIG_DFL)", "signal(SIGXFSZ, SIG_DFL)"]
-    if "LC_CTYPE" not in environ:  # the interpreter may have added it (PEP 538)
-        steps.append("environ.pop('LC_CTYPE', None)")
+    # The interpreter may have changed it (PEP 538).
+    given = {"LC_CTYPE": environ["LC_CTYPE"]} if "LC_CTYPE" in environ else {}
+    steps.append(f"environ.pop('LC_CTYPE', None), environ.update({given!r})")
     steps.append(f"execvp({argv[0]!r}, argv)")
     return (sys.executable, "-I", "-S", "-c", TRAMPOLINE, repr((report, steps)), *argv)
 

@@ -1844,6 +1844,21 @@ def variables(lines: Iterable[str]) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
+def test_limits_do_not_change_the_caller_s_locale(
+    tmp_path: Path, supervise: Supervise
+) -> None:
+    run = supervise(
+        f"""
+        [programs.web]
+        command = {sh("printenv LC_CTYPE > locale")}
+        nice = 1
+        """,
+        prefix=("env", "-u", "LC_ALL", "-u", "LANG", "LC_CTYPE=POSIX"),
+    )
+    run.wait_state("web", "EXITED")
+    assert (tmp_path / "locale").read_text() == "POSIX\n"
+
+
 def test_environment_is_inherited_and_added_to(
     tmp_path: Path, supervise: Supervise
 ) -> None:
