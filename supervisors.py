@@ -129,8 +129,15 @@ def call_libc(name: str, *arguments: int) -> int:
         return -1
 
 
+def sees_processes() -> bool:
+    """Return whether there is a /proc, and not one of another PID namespace."""
+    return bool(attempt(os.readlink, "/proc/self") == str(os.getpid()))
+
+
 def become_subreaper(warn: Callable[[str], object]) -> None:
     """Have orphaned descendants become our children, not those of PID 1, if we can."""
+    if sys.platform == "linux" and not sees_processes():
+        warn("no /proc of this PID namespace: cannot find what leaves its group")
     wanted = os.getpid() != 1 and sys.platform == "linux"
     if wanted and call_libc("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         warn("cannot become a subreaper: orphans go to PID 1")
@@ -151,9 +158,8 @@ def is_dead(fields: list[bytes]) -> bool:
 
 def process_table() -> dict[int, list[bytes]]:
     """Return the fields of all processes by pid; empty where there is no /proc."""
-    # Of another PID namespace, it shows strangers under the numbers of our children.
-    here = attempt(os.readlink, "/proc/self") == str(os.getpid())
-    pids = map(int, filter(str.isdecimal, os.listdir("/proc") if here else ()))
+    names = os.listdir("/proc") if sees_processes() else []
+    pids = map(int, filter(str.isdecimal, names))
     return {pid: fields for pid in pids if (fields := process_fields(pid))}
 
 
@@ -227,7 +233,8 @@ class Init:
     def run(self) -> int:
         inherited = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        become_subreaper(say)
+        if os.getpid() != 1:  # which has orphans, and ends them all with one kill(2)
+            become_subreaper(say)
         self.foreground = attempt(os.tcgetpgrp, 0) == os.getpgrp()
         here = attempt(os.open, ".", os.O_RDONLY | os.O_DIRECTORY)
         if here >= 0:  # else unreadable or removed: the command stays here with us
@@ -362,16 +369,23 @@ def exit_with(call: Callable[[], int]) -> None:
     """
 
     def hook(*_: object) -> None:
-        sys.excepthook = sys.__excepthook__
-        sys.exit(call())
+        sys.excepthook = before
+        try:
+            sys.exit(call())
+        except Exception as error:  # else Python would tell of the other one, too
+            before(type(error), error, error.__traceback__)
+            sys.exit(1)
 
-    if __spec__:  # `python3 -m supervisors`
+    if sys._getframe(1).f_back:  # we are run by Python code, as with `-m`
         sys.exit(call())
-    sys.excepthook = hook
+    before, sys.excepthook = sys.excepthook, hook
     raise Exception("the script is over")
 
 
 if __name__ == "__main__":
+    # A signal to PID 1 is lost until there is a handler, unless it is blocked: then it
+    # waits. `Init` takes all from there, `Supervisor` and `act` unblock these.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         _init = Init(sys.argv[1:])
     except ValueError as _error:
@@ -379,8 +393,6 @@ if __name__ == "__main__":
         sys.exit(2)
     if _init.command:
         exit_with(_init.run)
-    # PID 1 loses them until there is a handler. `Supervisor` unblocks them, and `act`.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
 
 import contextlib
 import enum

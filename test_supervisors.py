@@ -22,6 +22,7 @@ import stat
 import subprocess
 import sys
 import termios
+import textwrap
 import time
 import tomllib
 import uuid
@@ -7159,6 +7160,34 @@ def test_init_passes_options_after_the_command_on() -> None:
     assert done.stdout == "<-c><--><-r><><a b>"
 
 
+@pytest.mark.parametrize("runner", ["run_path", "exec"])
+def test_script_that_python_code_runs_raises_its_status_there(runner: str) -> None:
+    text = """
+        import runpy, sys
+        path, run = sys.argv.pop(1), sys.argv.pop(1)
+        try:
+            if run == "exec":
+                exec(compile(open(path).read(), path, "exec"))
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as error:
+            print("raised", error.code)
+        """
+    words = [PYTHON, "-c", textwrap.dedent(text), str(SCRIPT), runner]
+    words += ["--", "sh", "-c", "exit 9"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT)
+    assert (done.stdout, done.stderr) == ("raised 9\n", "")
+
+
+def test_traceback_of_a_mistake_ends_with_the_mistake(tmp_path: Path) -> None:
+    broken = SCRIPT.read_text().replace("\ndef main(", "\ndef main(*_): 1 / 0\ndef _(")
+    (tmp_path / "broken.py").write_text(broken)
+    words = [PYTHON, "broken.py"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.endswith("\nZeroDivisionError: division by zero\n")
+    assert done.stderr.count("Traceback") == 1
+
+
 def private_kilobytes(pid: int) -> int:
     """Return what a process holds that no other shares."""
     try:
@@ -8176,7 +8205,9 @@ def test_minimal_roots_are_enough(
     done = init("--", "sh", "-c", "echo > written; exit 5", before=before, cwd=tmp_path)
     assert done.returncode == 5
     # The shell's complaint is no business of the init's.
-    assert "supervisors" not in done.stderr and "Traceback" not in done.stderr
+    said = [line for line in done.stderr.split("\n") if "supervisors" in line]
+    assert ["no /proc" in line for line in said] == [True] * (kind == "no-proc")
+    assert "Traceback" not in done.stderr
     assert (tmp_path / "written").exists() == (kind == "no-proc")
     run = supervise(
         """
@@ -8193,6 +8224,7 @@ def test_minimal_roots_are_enough(
     run.wait_err("crash: EXITED, exit code 1")
     assert run.end() == 0
     assert "Traceback" not in run.err
+    assert run.err.count("no /proc") == (kind == "no-proc")
     if kind != "no-proc":
         assert sum("control" in line for line in run.err.split("\n")) == 1
 
