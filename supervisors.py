@@ -134,8 +134,8 @@ def sees_processes() -> bool:
     return bool(attempt(os.readlink, "/proc/self") == str(os.getpid()))
 
 
-def become_subreaper(warn: Callable[[str], object]) -> None:
-    """Have orphaned descendants become our children, not those of PID 1, if we can."""
+def adopt_orphans(warn: Callable[[str], object]) -> None:
+    """Have orphaned descendants become our children; warn if they cannot be had."""
     if sys.platform == "linux" and not sees_processes():
         warn("no /proc of this PID namespace: cannot find what leaves its group")
     wanted = os.getpid() != 1 and sys.platform == "linux"
@@ -234,7 +234,7 @@ class Init:
         inherited = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         if os.getpid() != 1:  # which has orphans, and ends them all with one kill(2)
-            become_subreaper(say)
+            adopt_orphans(say)
         self.foreground = attempt(os.tcgetpgrp, 0) == os.getpgrp()
         here = attempt(os.open, ".", os.O_RDONLY | os.O_DIRECTORY)
         if here >= 0:  # else unreadable or removed: the command stays here with us
@@ -581,7 +581,7 @@ def to_size(value: int | str) -> int:  # raises ValueError
 
 
 def read_nested(checks: Checks, table: Table, *problems: str) -> dict[str, Any]:
-    """Return the values of a table in a table; raises ConfigError, `problems` too."""
+    """Return a nested table's values; raises ConfigError, of given `problems` too."""
     values, errors = read_table(checks, table)
     if errors or problems:
         raise ConfigError([*(f".{line}" for line in errors), *problems])
@@ -848,8 +848,9 @@ def load_config(path: str = "supervisors.toml", private: str = "") -> Config:
     for pattern in read_table(declared(Config), data, environ)[0].get("include", ()):
         import glob  # only where something is included
 
-        folder = glob.escape(os.path.dirname(path))
-        for file in sorted(glob.glob(os.path.join(folder, pattern))):
+        folder = os.path.dirname(path)
+        for name in sorted(glob.glob(pattern, root_dir=folder or None)):
+            file = os.path.join(folder, name)
             included[file] = read_toml(file)
     try:
         config = parse_config(data, environ, included)
@@ -1932,7 +1933,7 @@ def tell_manager(message: str) -> None:
 
 REQUEST_TIME = 5.0  # seconds for a client to send a request, or to take an answer
 STREAM_TIME = 60.0  # to take the next piece of a stream, which a pager may stop
-MOST_CONNECTIONS = 64  # over TCP; the control socket has none of these limits
+MOST_CONNECTIONS = 64  # but for the control socket, which has no limit
 MOST_STREAMS = 32  # of those; the others are for probes
 MOST_LINE = 8 * 1024  # bytes of a request's line, with a NAME that becomes a pattern
 MOST_BYTES = 64 * 1024  # of a request's head, and of its body
@@ -2213,7 +2214,7 @@ def get_health(supervisor: Supervisor, request: Request) -> Response:
     return as_json({"status": worst, "programs": reasons}, code)
 
 
-METRICS = {  # with their help; a program's are named after the keys of its status
+METRICS = {  # with their help; most of a program's are named as in its status
     "info": "version",
     "start_time_seconds": "start, Unix time",
     "program_up": "1 while alive",
@@ -2424,36 +2425,36 @@ ORDERS: dict[str, Answer] = {
 class Conversation:  # one connection, in a thread of its own
     def __init__(self, owner: Supervisor, peer: socket.socket, at: Address) -> None:
         self.supervisor, self.address, self.connection = owner, at, peer
-        self.is_control = at == owner.control
+        self.is_control = at is owner.control
         self.poll = select.poll()
         self.poll.register(peer, select.POLLIN)
         self.input = b""  # what has come and is not used yet
         self.lasts = True  # so far
-        self.cleanup = contextlib.ExitStack()
 
     def run(self) -> None:
         """Answer requests until one side has enough; close when the client has."""
-        with self.cleanup, contextlib.suppress(OSError), self.connection:
-            self.cleanup.callback(self.supervisor.answering.discard, self)
-            self.is_welcome = self.takes(self.supervisor.connections)
+        suppress, slots = contextlib.suppress(OSError), self.supervisor.connections
+        with contextlib.ExitStack() as whole, suppress, self.connection:
+            self.is_welcome = self.takes(slots, whole)
             self.connection.settimeout(REQUEST_TIME)
             while self.lasts:
-                self.answer_one()
-                self.supervisor.answering.discard(self)
+                with contextlib.ExitStack() as stack:
+                    stack.callback(self.supervisor.answering.discard, self)
+                    self.answer_one(stack)
             self.connection.shutdown(socket.SHUT_WR)
             # Unread, input has the kernel send a reset, which overtakes the answer.
             self.connection.settimeout(0.2 if self.is_welcome else 0)
             all(self.connection.recv(PIPE) for _ in range(64))  # until b""
 
-    def takes(self, slots: threading.Semaphore) -> bool:
-        """Take a slot until the connection ends, if it needs one and one is free."""
+    def takes(self, slots: threading.Semaphore, stack: contextlib.ExitStack) -> bool:
+        """Take a slot until `stack` closes; return False if it needs one in vain."""
         if self.is_control:
             return True
-        if is_free := slots.acquire(blocking=False):
-            self.cleanup.callback(slots.release)
-        return is_free
+        if taken := slots.acquire(blocking=False):
+            stack.callback(slots.release)
+        return taken
 
-    def answer_one(self) -> None:
+    def answer_one(self, stack: contextlib.ExitStack) -> None:
         """Answer a request, or say why not."""
         self.line, self.lasts = "", False
         try:
@@ -2462,7 +2463,7 @@ class Conversation:  # one connection, in a thread of its own
             response = self.respond(*self.read_request())
             if response.stream:
                 self.lasts = False  # its end is that of the connection
-                if not self.takes(self.supervisor.streams):
+                if not self.takes(self.supervisor.streams, stack):
                     raise HttpError(503, "too many streams")
         except HttpError as error:
             status, text, *headers = error.args
@@ -3059,7 +3060,7 @@ class Supervisor(Loop):
         self.bind_all()
         self.raise_file_limit()
         self.spared = children_before()
-        become_subreaper(self.warn)
+        adopt_orphans(self.warn)
         if self.config.private:
             self.watch_parent()
         if self.config.path:
@@ -3117,7 +3118,7 @@ class Supervisor(Loop):
                 self.warn(f"cannot write the pidfile {path!r}: {error.strerror}")
 
     def listen(self, address: Address) -> None:
-        is_control = address == self.control
+        is_control = address is self.control
         try:
             bound = bind(address, private=is_control)
         except OSError as error:
@@ -3765,14 +3766,15 @@ def do_logs(client: Client, options: Mapping[str, str], names: str) -> int:
             client.ask(request, name, None if follow else 30.0, show)
         except SupervisorError as error:
             failed.append(name)
-            print(f"{name}: {error}", file=sys.stderr)
+            if not broken:
+                print(f"{name}: {error}", file=sys.stderr)
 
     copies = [threading.Thread(target=copy, args=[one], daemon=True) for one in found]
     for thread in copies:
         thread.start()
         thread.join(0 if follow else None)
-    for thread in copies:
-        thread.join()
+    while not broken and any(thread.is_alive() for thread in copies):
+        time.sleep(POLL)
     for error in broken:
         raise error
     return 1 if len(failed) == len(found) else 0

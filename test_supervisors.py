@@ -772,6 +772,12 @@ def test_include_is_relative_to_a_folder_of_whatever_name(tmp_path: Path) -> Non
     assert list(loaded(folder / "main.toml").programs) == ["a"]
 
 
+def test_include_of_nothing_includes_nothing(tmp_path: Path) -> None:
+    text = "include = ['${NO_SUCH_VARIABLE:-}']\n[programs.a]\ncommand = 'a'\n"
+    (tmp_path / "main.toml").write_text(text)
+    assert list(loaded(tmp_path / "main.toml").programs) == ["a"]
+
+
 def test_check_counts_the_programs(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("[programs.web]\ncommand = 'web'\nnumprocs = 2\n")
     for arguments in (
@@ -5866,6 +5872,32 @@ def test_ctrl_c_of_the_logs_verb_is_quiet(supervise: Supervise, tmp_path: Path) 
         verb.send_signal(signal.SIGINT)
         assert verb.communicate(timeout=LIMIT) == (b"", b"")
         assert verb.returncode in (0, 130, -signal.SIGINT)
+
+
+def test_logs_verb_ends_with_its_output_though_a_program_is_quiet(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    talker = script(tmp_path, "talker.py", TALKER)
+    run = supervise(
+        f"{FAST}[programs.web]\ncommand = {talker}\n[programs.quiet]\n{SLEEP}"
+    )
+    with subprocess.Popen(
+        [PYTHON, str(SCRIPT), "logs", "-f"],
+        cwd=run.folder,
+        env=own_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as verb:
+        assert verb.stdout is not None and verb.stderr is not None
+        assert b"ready" in verb.stdout.readline()
+        verb.stdout.close()
+        run.ask("/programs/web/signal?signal=USR1", "POST")
+        try:
+            assert verb.wait(LIMIT) == 1
+        finally:
+            verb.kill()
+        assert verb.stderr.read() == b""
 
 
 def test_readers_of_a_log_may_pause(supervise: Supervise, tmp_path: Path) -> None:
