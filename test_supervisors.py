@@ -66,6 +66,11 @@ COMPILED = (PYTHON, "-c", RUN_MODULE)
 LIMIT = 30.0  # seconds that anything may take before a test gives up
 T = TypeVar("T")
 
+# A shell's background job inherits these as ignored, and so would what a test starts.
+for number in (signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
+
 
 def eventually(read: Callable[[], T], want: Any = True, timeout: float = LIMIT) -> T:
     """Return the first value of `read` that is `want`, or that `want` accepts."""
