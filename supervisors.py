@@ -67,7 +67,6 @@ __all__ += ["Supervisor", "SupervisorError", "load_config", "running"]
 # compiling the file takes most of the 25 ms that a container's start may cost.
 
 GRACE = 3.0  # seconds that what a command leaves behind has between TERM and KILL
-FOREVER = float("inf")
 TICK = 0.05  # seconds between two looks at what is left, while something is
 SIGNALS = signal.valid_signals()
 STOPS = {signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
@@ -136,10 +135,11 @@ def sees_processes() -> bool:
 
 def adopt_orphans(warn: Callable[[str], object]) -> None:
     """Have orphaned descendants become our children; warn if they cannot be had."""
-    if sys.platform == "linux" and not sees_processes():
+    if sys.platform != "linux":
+        return
+    if not sees_processes():
         warn("no /proc of this PID namespace: cannot find what leaves its group")
-    wanted = os.getpid() != 1 and sys.platform == "linux"
-    if wanted and call_libc("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+    if os.getpid() != 1 and call_libc("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         warn("cannot become a subreaper: orphans go to PID 1")
 
 
@@ -1239,6 +1239,7 @@ PIECE = 4096  # bytes of it that are forgotten at once
 LAG = 1024 * 1024  # bytes that a follower, or a terminal nobody reads, may be behind
 ITEM = 64  # bytes that each costs besides its text
 FAREWELL = 1.0  # seconds that the last output has at the end
+FOREVER = float("inf")
 LEVELS = {"debug": 0, "info": 1, "warning": 2, "error": 3}
 OWN_OUTPUTS = {"/dev/stdout": 1, "/dev/fd/1": 1, "/dev/stderr": 2, "/dev/fd/2": 2}
 LIMITED = threading.Lock()  # held while the limit of open files is that of programs
@@ -2214,16 +2215,19 @@ def get_health(supervisor: Supervisor, request: Request) -> Response:
     return as_json({"status": worst, "programs": reasons}, code)
 
 
-METRICS = {  # with their help; most of a program's are named as in its status
-    "info": "version",
-    "start_time_seconds": "start, Unix time",
-    "program_up": "1 while alive",
-    "program_ready": "1 while ready",
-    "program_uptime_seconds": "seconds since its start",
-    "program_restarts_total": "automatic restarts",
-    "program_exit_code": "last exit code, 128+N for a signal",
-    "program_log_dropped_bytes_total": "output that could not be written",
-    "program_state": "1 for the present state",
+METRICS = {  # by name: the key of the status that it shows, and its help
+    "info": ("", "version"),
+    "start_time_seconds": ("", "start, Unix time"),
+    "program_up": ("running", "1 while alive"),
+    "program_ready": ("ready", "1 while ready"),
+    "program_uptime_seconds": ("uptime", "seconds since its start"),
+    "program_restarts_total": ("restarts", "automatic restarts"),
+    "program_exit_code": ("exit_code", "last exit code, 128+N for a signal"),
+    "program_log_dropped_bytes_total": (
+        "log_dropped_bytes",
+        "output that could not be written",
+    ),
+    "program_state": ("", "1 for the present state"),
 }
 
 
@@ -2235,17 +2239,15 @@ def get_metrics(supervisor: Supervisor, request: Request) -> Response:
     for one in request.targets:
         found = status_object(one, time.monotonic())
         found |= {"uptime": found["uptime"] or 0, "exit_code": last_code(one.status)}
-        found |= {"up": found["running"], "state": None}  # which is several, below
         labels = f'name="{found["name"]}",group="{found["group"]}"'
-        for name in METRICS:
-            value = found.get(re.sub("program_|_seconds|_total", "", name))
-            if value is not None:
-                samples[name].append(f"{{{labels}}} {value:.15g}")
+        for name, (key, _) in METRICS.items():
+            if found.get(key) is not None:
+                samples[name].append(f"{{{labels}}} {found[key]:.15g}")
         for state in State:
             value = f'{{{labels},state="{state.value}"}} {one.status.state is state:d}'
             samples["program_state"].append(value)
     lines = []
-    for name, text in METRICS.items():
+    for name, (_, text) in METRICS.items():
         kind = "counter" if name.endswith("_total") else "gauge"
         lines += [f"# HELP supervisors_{name} {text}"]
         lines += [f"# TYPE supervisors_{name} {kind}"]
@@ -3340,7 +3342,8 @@ class Supervisor(Loop):
 
         What one that was asked has started is how it ends: not while that one lives.
         """
-        new = [pid for pid in strays if not {pid, *ancestors(pid)} & self.asked]
+        others = strays.keys() - self.asked
+        new = [pid for pid in others if not ancestors(pid) & self.asked]
         for pid in new:
             self.warn(f"{self.busy}: {strays[pid].name} ({pid})")
             send(pid, signal_number(strays[pid].stopsignal))

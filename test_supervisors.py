@@ -5859,17 +5859,30 @@ def test_follow_of_one_stream_shows_only_that(supervise: Supervise) -> None:
         assert stream.answer.read() == b""
 
 
-def test_ctrl_c_of_the_logs_verb_is_quiet(supervise: Supervise, tmp_path: Path) -> None:
-    talker = script(tmp_path, "talker.py", TALKER)
-    run = supervise(f"{FAST}[programs.web]\ncommand = {talker}\n")
+@contextlib.contextmanager
+def following(
+    run: Run, *names: str, text: bool = False
+) -> Iterator[subprocess.Popen[Any]]:
+    """Run the verb that follows logs, and end it if it has not ended."""
     with subprocess.Popen(
-        [PYTHON, str(SCRIPT), "logs", "-f", "web"],
+        [PYTHON, str(SCRIPT), "logs", "-f", *names],
         cwd=run.folder,
         env=own_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        text=text,
     ) as verb:
+        try:
+            yield verb
+        finally:
+            verb.kill()
+
+
+def test_ctrl_c_of_the_logs_verb_is_quiet(supervise: Supervise, tmp_path: Path) -> None:
+    talker = script(tmp_path, "talker.py", TALKER)
+    run = supervise(f"{FAST}[programs.web]\ncommand = {talker}\n")
+    with following(run, "web") as verb:
         assert verb.stdout is not None
         assert b"ready" in verb.stdout.readline()
         run.ask("/programs/web/signal?signal=USR1", "POST")
@@ -5886,22 +5899,12 @@ def test_logs_verb_ends_with_its_output_though_a_program_is_quiet(
     run = supervise(
         f"{FAST}[programs.web]\ncommand = {talker}\n[programs.quiet]\n{SLEEP}"
     )
-    with subprocess.Popen(
-        [PYTHON, str(SCRIPT), "logs", "-f"],
-        cwd=run.folder,
-        env=own_environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as verb:
+    with following(run) as verb:
         assert verb.stdout is not None and verb.stderr is not None
         assert b"ready" in verb.stdout.readline()
         verb.stdout.close()
         run.ask("/programs/web/signal?signal=USR1", "POST")
-        try:
-            assert verb.wait(LIMIT) == 1
-        finally:
-            verb.kill()
+        assert verb.wait(LIMIT) == 1
         assert verb.stderr.read() == b""
 
 
@@ -5951,14 +5954,7 @@ def test_logs_verb_is_1_when_the_supervisor_is_killed(
     supervise: Supervise, tmp_path: Path
 ) -> None:
     run = supervise(talker_config(tmp_path, "web", "piped"))
-    with subprocess.Popen(
-        [PYTHON, str(SCRIPT), "logs", "-f", "web"],
-        cwd=run.folder,
-        env=own_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as verb:
+    with following(run, "web", text=True) as verb:
         assert verb.stdout is not None
         assert verb.stdout.readline() == "ready\n"
         os.kill(run.pid, signal.SIGKILL)
@@ -5973,14 +5969,7 @@ def test_logs_verb_is_0_when_the_supervisor_ends(
     supervise: Supervise, tmp_path: Path
 ) -> None:
     run = supervise(talker_config(tmp_path, "web", "piped"))
-    with subprocess.Popen(
-        [PYTHON, str(SCRIPT), "logs", "-f", "web"],
-        cwd=run.folder,
-        env=own_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as verb:
+    with following(run, "web", text=True) as verb:
         assert verb.stdout is not None
         assert verb.stdout.readline() == "ready\n"
         assert run.end() == 0
